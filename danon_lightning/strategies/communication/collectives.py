@@ -1,0 +1,177 @@
+"""Who exchanges with whom: the mean over all ranks in one or two levels.
+
+Legend: N = M outer groups × L inner ranks. The *inner* level (the ranks of a node: fast links) always moves dense
+values; the *outer* level (equal local ranks of all nodes: slow links) moves what the compressor makes of them. The flat
+collective is the case L = 1: all ranks are outer.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from danon_lightning.strategies.communication.compressors import BlockCompressor
+from danon_lightning.strategies.communication.stats import CommunicationStats
+from danon_lightning.strategies.mesh import Mesh
+
+# Messages of one level that are under way at the same time: one is on the wire while the next is being coded.
+IN_FLIGHT = 2
+# gloo runs larger exchanges in half duplex.
+_LARGEST_MESSAGE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Level:
+    """One private process group of the exchange, and how many of this rank's peers in it sit on other nodes."""
+
+    group: dist.ProcessGroup | None
+    size: int
+    local_peers: int
+    remote_peers: int
+
+    def all_to_all(self, chunks: Tensor, stats: CommunicationStats) -> tuple[Tensor, dist.Work]:
+        """Start sending row i of ``chunks [size, …]`` to peer i; row i of the result comes from peer i."""
+        received = torch.empty_like(chunks)
+        stats.count(chunks[0].nbytes * self.local_peers, chunks[0].nbytes * self.remote_peers)
+        return received, dist.all_to_all_single(received, chunks, group=self.group, async_op=True)
+
+    def all_gather(self, chunk: Tensor, stats: CommunicationStats) -> tuple[Tensor, dist.Work]:
+        """Start collecting every peer's ``chunk`` as ``[size, …]``."""
+        gathered = chunk.new_empty(self.size, *chunk.shape)
+        stats.count(chunk.nbytes * self.local_peers, chunk.nbytes * self.remote_peers)
+        # The form for one tensor goes by different names in the supported versions of torch; this one is common to all.
+        return gathered, dist.all_gather(list(gathered), chunk.contiguous(), group=self.group, async_op=True)
+
+
+@dataclass(frozen=True)
+class Collective:
+    """The two levels of the exchange, and the arithmetic on them."""
+
+    inner: Level
+    outer: Level
+
+    @property
+    def shards(self) -> int:
+        """Parts a message is cut into, one summed by each rank: N = L·M."""
+        return self.inner.size * self.outer.size
+
+    def capacity(self, itemsize: int) -> int:
+        """Elements of a message at most, so that no peer is sent more than 1 MB at a time."""
+        first = self.inner.size if self.inner.size > 1 else self.outer.size
+        return first * (_LARGEST_MESSAGE_BYTES // itemsize)
+
+    def mean(
+        self, values: Tensor, compressor: BlockCompressor | None, stats: CommunicationStats
+    ) -> Iterator[Tensor | None]:
+        """Average ``values [n]`` over all ranks, n a multiple of ``shards`` (times the compressor's block size).
+
+        A generator, so that several messages can be under way at once: it yields None wherever it would wait for the
+        network, a fixed number of times, and at last the averaged values ``[n]``, the same bits on every rank.
+
+        Sums are taken locally and in rank order. Unlike in a ring their rounding does not depend on where in a bucket
+        an element lies, so regrouping the buckets changes nothing, and a resumed run repeats an uninterrupted one.
+        """
+        L, M = self.inner.size, self.outer.size
+        # Half-precision gradients are summed and compressed in float32; what is dense on a wire keeps its own type.
+        wide = torch.promote_types(values.dtype, torch.float32)
+        shard = values.view(L, -1)  # [L, n/L]: row l is summed by local rank l
+        if L > 1:
+            received, work = self.inner.all_to_all(shard, stats)
+            yield from _wait(work)
+            shard = _sum_rows(received, wide)
+        shard = shard.reshape(M, -1).to(wide) / (L * M)  # [M, n/N]: row m is summed by node m
+
+        coded = _encode(shard, compressor, values.dtype)  # [M, …]
+        if M > 1:
+            received, work = self.outer.all_to_all(coded, stats)
+            yield from _wait(work)
+            total = _sum_rows(_decode(received, compressor), wide)  # [n/N]
+            coded, work = self.outer.all_gather(_encode(total, compressor, values.dtype), stats)
+            yield from _wait(work)
+        if L > 1:
+            # The coded result is shared inside the node too: every rank decodes the same bytes.
+            coded, work = self.inner.all_gather(coded, stats)
+            yield from _wait(work)
+        yield _decode(coded, compressor).reshape(-1).to(values.dtype)
+
+
+def _wait(work: dist.Work) -> Iterator[None]:
+    for _ in range(IN_FLIGHT):
+        yield None
+    work.wait()
+
+
+def _sum_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sum over the first dimension, first row first."""
+    total = rows[0].to(dtype, copy=True)
+    for row in rows[1:]:
+        total += row
+    return total
+
+
+def _encode(values: Tensor, compressor: BlockCompressor | None, dense_dtype: torch.dtype) -> Tensor:
+    """``[…, n]`` -> ``[…, n]`` dense, or uint8 ``[…, n / block_size · block_bytes]``."""
+    if compressor is None:
+        return values.to(dense_dtype)
+    blocks = compressor.encode(values.reshape(-1, compressor.block_size).float())
+    return blocks.view(*values.shape[:-1], -1)
+
+
+def _decode(coded: Tensor, compressor: BlockCompressor | None) -> Tensor:
+    """Inverse of :func:`_encode`, float32 where it was compressed."""
+    if compressor is None:
+        return coded
+    blocks = compressor.decode(coded.reshape(-1, compressor.block_bytes))
+    return blocks.view(*coded.shape[:-1], -1)
+
+
+def build_collective(
+    mesh: Mesh,
+    hierarchical: bool | Literal["auto"],
+    *,
+    backend: str,
+    timeout: timedelta | None,
+) -> Collective:
+    """Create the private process groups of an exchange. Collective: every rank must call it at the same point.
+
+    Private groups keep the exchange apart from whatever else the job communicates, and in an order of its own.
+
+    Args:
+        mesh: Layout of the ranks.
+        hierarchical: True for two levels, False for one, "auto" for two wherever there are several nodes with several
+            ranks each.
+        backend: Backend of the groups, "gloo" or "nccl".
+        timeout: How long an operation may take before the job is given up; None for torch's default.
+
+    Raises:
+        ValueError: If ``hierarchical`` is none of the three, or is True on a mesh that has only one level.
+    """
+    two_levels = mesh.num_nodes > 1 and mesh.ranks_per_node > 1
+    if hierarchical not in (True, False, "auto"):
+        raise ValueError(f"hierarchical={hierarchical!r} must be True, False or 'auto'")
+    if hierarchical is True and not two_levels:
+        raise ValueError(
+            f"hierarchical=True needs several nodes with several ranks each, but this job has {mesh}: "
+            "use hierarchical='auto' or False"
+        )
+
+    def level(groups: list[list[int]]) -> Level:
+        mine = None
+        for ranks in groups:  # every rank takes part in the creation of every group
+            group = dist.new_group(ranks, backend=backend, timeout=timeout) if len(ranks) > 1 else None
+            if mesh.rank in ranks:
+                mine = group, ranks
+        assert mine is not None
+        group, ranks = mine
+        remote = sum(mesh.node_of(rank) != mesh.node for rank in ranks)
+        return Level(group, len(ranks), len(ranks) - 1 - remote, remote)
+
+    if two_levels and hierarchical:
+        inner = level([mesh.ranks_of_node(node) for node in range(mesh.num_nodes)])
+        outer = level([mesh.ranks_across_nodes(local) for local in range(mesh.ranks_per_node)])
+        return Collective(inner, outer)
+    return Collective(Level(None, 1, 0, 0), level([list(range(mesh.world_size))]))

@@ -1,0 +1,38 @@
+"""Compressors: what crosses the slow links in place of float32 gradients. One file each."""
+
+from collections.abc import Callable
+
+from danon_lightning.strategies.communication.compressors.base import BlockCompressor
+from danon_lightning.strategies.communication.compressors.int8 import Int8Compressor
+
+_COMPRESSORS: dict[str, Callable[[], BlockCompressor]] = {"int8": Int8Compressor}
+
+
+def available_compressors() -> list[str]:
+    """Names that ``compression=`` accepts, beside ``None`` for dense float gradients."""
+    return sorted(_COMPRESSORS)
+
+
+def get_compressor(compression: str | BlockCompressor | None) -> BlockCompressor | None:
+    """Resolve what a user wrote as ``compression``.
+
+    Args:
+        compression: ``None`` (dense), a registered name, or a compressor of one's own.
+
+    Raises:
+        ValueError: For an unknown name; the message lists the valid ones.
+        TypeError: For an object that is no compressor.
+    """
+    if compression is None or isinstance(compression, BlockCompressor):
+        return compression
+    if not isinstance(compression, str):
+        raise TypeError(
+            f"compression must be None, a name or a compressor, got {type(compression).__name__}: {compression!r}"
+        )
+    if compression not in _COMPRESSORS:
+        names = ", ".join(repr(name) for name in available_compressors())
+        raise ValueError(f"compression={compression!r} is not known; choose None (dense) or one of: {names}")
+    return _COMPRESSORS[compression]()
+
+
+__all__ = ["BlockCompressor", "Int8Compressor", "available_compressors", "get_compressor"]

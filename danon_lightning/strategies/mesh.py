@@ -1,0 +1,97 @@
+"""Where each rank stands: nodes × local ranks, and its data-parallel coordinate."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The layout of a job's ranks, as seen from one of them.
+
+    Ranks are numbered node by node: rank = node · ranks_per_node + local rank. Every rank holds a whole replica of the
+    model, so the data-parallel coordinate is the rank itself.
+
+    Args:
+        num_nodes: Number of nodes (hosts), at least 1.
+        ranks_per_node: Number of ranks (processes, one a device) on each node, at least 1.
+        rank: Global rank of this process.
+
+    Raises:
+        ValueError: If a size is not positive or ``rank`` lies outside the mesh.
+    """
+
+    num_nodes: int
+    ranks_per_node: int
+    rank: int
+
+    def __post_init__(self) -> None:
+        """Check the sizes."""
+        if self.num_nodes < 1 or self.ranks_per_node < 1:
+            raise ValueError(
+                f"a mesh needs at least one node with one rank, got num_nodes={self.num_nodes} and "
+                f"ranks_per_node={self.ranks_per_node}"
+            )
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(
+                f"rank={self.rank} lies outside a mesh of {self.num_nodes} node(s) × {self.ranks_per_node} rank(s)"
+            )
+
+    @classmethod
+    def from_world(cls, world_size: int, num_nodes: int, rank: int) -> "Mesh":
+        """Lay ``world_size`` ranks out over ``num_nodes`` nodes.
+
+        Raises:
+            ValueError: If the ranks cannot be shared out evenly; the message says which number to change.
+        """
+        if num_nodes < 1 or world_size % num_nodes:
+            raise ValueError(
+                f"world size {world_size} does not divide over num_nodes={num_nodes}: start the same number of ranks "
+                f"on every node (a world size of {_nearest_multiple(world_size, num_nodes)}), or change num_nodes"
+            )
+        return cls(num_nodes, world_size // num_nodes, rank)
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks in the job."""
+        return self.num_nodes * self.ranks_per_node
+
+    @property
+    def node(self) -> int:
+        """Index of this rank's node."""
+        return self.rank // self.ranks_per_node
+
+    @property
+    def local_rank(self) -> int:
+        """Index of this rank on its node."""
+        return self.rank % self.ranks_per_node
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Number of model replicas."""
+        return self.world_size
+
+    @property
+    def data_parallel_rank(self) -> int:
+        """Which replica this rank belongs to: what a sampler shares the data out by."""
+        return self.rank
+
+    def node_of(self, rank: int) -> int:
+        """Index of the node that ``rank`` runs on."""
+        return rank // self.ranks_per_node
+
+    def ranks_of_node(self, node: int) -> list[int]:
+        """Global ranks of one node, in order."""
+        return [node * self.ranks_per_node + local for local in range(self.ranks_per_node)]
+
+    def ranks_across_nodes(self, local_rank: int) -> list[int]:
+        """Global ranks with the same local rank, one a node, in order."""
+        return [node * self.ranks_per_node + local_rank for node in range(self.num_nodes)]
+
+    def __str__(self) -> str:
+        """For tables: ``2 nodes × 4 ranks``."""
+        nodes = "node" if self.num_nodes == 1 else "nodes"
+        ranks = "rank" if self.ranks_per_node == 1 else "ranks"
+        return f"{self.num_nodes} {nodes} × {self.ranks_per_node} {ranks}"
+
+
+def _nearest_multiple(value: int, of: int) -> int:
+    return max(1, round(value / max(1, of))) * max(1, of)
