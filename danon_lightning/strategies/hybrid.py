@@ -6,15 +6,16 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
-from lightning.fabric.strategies import _StrategyRegistry
+from lightning.fabric.strategies.registry import _StrategyRegistry
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
+from torch.distributed.constants import default_pg_timeout
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from danon_lightning.strategies.communication import BlockCompressor, GradientCommunicator, get_compressor
+from danon_lightning.strategies.communication.collectives import uses_two_levels
 from danon_lightning.strategies.mesh import Mesh
 
 
@@ -106,6 +107,17 @@ class DanonHybridStrategy(DDPStrategy):
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """What a sampler is keyed on: the number of replicas, and which one this rank belongs to."""
         return {"num_replicas": self.mesh.data_parallel_size, "rank": self.mesh.data_parallel_rank}
+
+    def describe(self) -> dict[str, str]:
+        """Short facts for a table at the start of a run."""
+        mesh = self.mesh
+        replicas = "1 replica" if mesh.data_parallel_size == 1 else f"{mesh.data_parallel_size} replicas"
+        facts = {"mesh": f"{mesh}, {replicas}"}
+        if mesh.world_size > 1:
+            sent = "dense" if self._compressor is None else self._compressor.name
+            two_levels = uses_two_levels(mesh, self._hierarchical)
+            facts["gradients"] = f"dense inside a node, {sent} between nodes" if two_levels else f"{sent}, all to all"
+        return facts
 
     def communication_stats(self) -> dict[str, int]:
         """What this rank has sent since the start of ``fit``; empty before it, and on a single rank.

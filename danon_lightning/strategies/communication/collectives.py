@@ -129,6 +129,28 @@ def _decode(coded: Tensor, compressor: BlockCompressor | None) -> Tensor:
     return blocks.view(*coded.shape[:-1], -1)
 
 
+def uses_two_levels(mesh: Mesh, hierarchical: bool | Literal["auto"]) -> bool:
+    """Whether the exchange has an inner level on this mesh.
+
+    Args:
+        mesh: Layout of the ranks.
+        hierarchical: True for two levels, False for one, "auto" for two wherever there are several nodes with several
+            ranks each.
+
+    Raises:
+        ValueError: If ``hierarchical`` is none of the three, or is True on a mesh that has only one level.
+    """
+    possible = mesh.num_nodes > 1 and mesh.ranks_per_node > 1
+    if hierarchical not in (True, False, "auto"):
+        raise ValueError(f"hierarchical={hierarchical!r} must be True, False or 'auto'")
+    if hierarchical is True and not possible:
+        raise ValueError(
+            f"hierarchical=True needs several nodes with several ranks each, but this job has {mesh}: "
+            "use hierarchical='auto' or False"
+        )
+    return possible and bool(hierarchical)
+
+
 def build_collective(
     mesh: Mesh,
     hierarchical: bool | Literal["auto"],
@@ -142,22 +164,11 @@ def build_collective(
 
     Args:
         mesh: Layout of the ranks.
-        hierarchical: True for two levels, False for one, "auto" for two wherever there are several nodes with several
-            ranks each.
+        hierarchical: See :func:`uses_two_levels`, which raises what this raises.
         backend: Backend of the groups, "gloo" or "nccl".
         timeout: How long an operation may take before the job is given up; None for torch's default.
-
-    Raises:
-        ValueError: If ``hierarchical`` is none of the three, or is True on a mesh that has only one level.
     """
-    two_levels = mesh.num_nodes > 1 and mesh.ranks_per_node > 1
-    if hierarchical not in (True, False, "auto"):
-        raise ValueError(f"hierarchical={hierarchical!r} must be True, False or 'auto'")
-    if hierarchical is True and not two_levels:
-        raise ValueError(
-            f"hierarchical=True needs several nodes with several ranks each, but this job has {mesh}: "
-            "use hierarchical='auto' or False"
-        )
+    two_levels = uses_two_levels(mesh, hierarchical)
 
     def level(groups: list[list[int]]) -> Level:
         mine = None
@@ -170,7 +181,7 @@ def build_collective(
         remote = sum(mesh.node_of(rank) != mesh.node for rank in ranks)
         return Level(group, len(ranks), len(ranks) - 1 - remote, remote)
 
-    if two_levels and hierarchical:
+    if two_levels:
         inner = level([mesh.ranks_of_node(node) for node in range(mesh.num_nodes)])
         outer = level([mesh.ranks_across_nodes(local) for local in range(mesh.ranks_per_node)])
         return Collective(inner, outer)

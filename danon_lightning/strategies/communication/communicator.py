@@ -11,8 +11,8 @@ from datetime import timedelta
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import GradBucket
 from torch.futures import Future
 
 from danon_lightning.strategies.communication.collectives import build_collective
@@ -72,7 +72,7 @@ class GradientCommunicator:
 
     # DDP checks the name and the annotation of `bucket`, and that of the result.
     @staticmethod
-    def hook(state: "GradientCommunicator", bucket: dist.GradBucket) -> Future[Tensor]:
+    def hook(state: "GradientCommunicator", bucket: GradBucket) -> Future[Tensor]:
         """The function to register with ``register_comm_hook``; its state is the communicator."""
         return state._submit(bucket)
 
@@ -87,7 +87,7 @@ class GradientCommunicator:
         # A thread that waits for a dead peer cannot be woken; it is a daemon and must not hold up the exit.
         self._thread.join(timeout=1.0)
 
-    def _submit(self, bucket: dist.GradBucket) -> Future[Tensor]:
+    def _submit(self, bucket: GradBucket) -> Future[Tensor]:
         future: Future[Tensor] = Future(devices=[self._device]) if self._stream else Future()
         ready = torch.cuda.current_stream(self._device).record_event() if self._stream else None
         self._queue.put(_Bucket(bucket.buffer(), bucket.parameters(), bucket.is_last(), future, ready))
@@ -161,7 +161,7 @@ class GradientCommunicator:
             self.error.__cause__ = error
         for waiting in {id(b): b for b in [bucket, *(transfer.bucket for transfer in self._in_flight)]}.values():
             if not waiting.future.done():
-                waiting.future.set_exception(self.error)
+                waiting.future.set_exception(self.error)  # type: ignore[arg-type]  # torch's own annotation is wrong
         self._in_flight.clear()
 
 

@@ -13,10 +13,12 @@ class BlockCompressor(ABC):
     parameters into buckets (it regroups them after the first step, also after the first step of a resumed run).
 
     Attributes:
+        name: For logs and tables.
         block_size: Elements of a block.
         block_bytes: Bytes of a coded block.
     """
 
+    name: str
     block_size: int
     block_bytes: int
 

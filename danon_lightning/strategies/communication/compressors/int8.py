@@ -31,6 +31,8 @@ class Int8Compressor(BlockCompressor):
         Dettmers, "8-Bit Approximations for Parallelism in Deep Learning", ICLR 2016 (arXiv:1511.04561).
     """
 
+    name = "int8"
+
     def __init__(self, block_size: int = 256) -> None:
         """See the class."""
         if block_size < 4 or block_size % 4:

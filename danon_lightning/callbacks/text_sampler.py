@@ -1,0 +1,88 @@
+"""Shows in the logs what a language model would write."""
+
+from typing import Protocol, runtime_checkable
+
+import lightning.pytorch as pl
+from typing_extensions import override
+
+
+@runtime_checkable
+class TextGenerator(Protocol):
+    """What a LightningModule must offer to be sampled."""
+
+    def generate_text(
+        self, prompt: str, *, max_new_bytes: int, temperature: float, top_k: int | None, seed: int
+    ) -> str:
+        """Continue ``prompt``; the global random state must not change."""
+        ...
+
+
+class TextSampler(pl.Callback):
+    """Logs a sample of generated text after each validation, as text in every logger that takes text.
+
+    Only rank 0 generates, without any communication. The sample has a random state of its own, so that training is the
+    same with and without it.
+
+    Keys logged:
+        ``sample`` (text): the prompt and its continuation.
+
+    Args:
+        prompt: What the model is to continue.
+        max_new_bytes: Bytes to generate.
+        temperature: Divides the logits; 0 takes the most probable byte each time.
+        top_k: Keep only the k most probable bytes; None keeps all.
+        seed: Of the sample's random state, so that samples of one run can be compared.
+
+    Raises:
+        ValueError: For a value out of range.
+        TypeError: At the start of ``fit``, if the LightningModule has no ``generate_text``.
+    """
+
+    def __init__(
+        self,
+        prompt: str = "def ",
+        *,
+        max_new_bytes: int = 200,
+        temperature: float = 0.8,
+        top_k: int | None = 40,
+        seed: int = 0,
+    ) -> None:
+        """See the class."""
+        if max_new_bytes < 1:
+            raise ValueError(f"max_new_bytes={max_new_bytes} must be at least 1")
+        self.prompt = prompt
+        self.max_new_bytes = max_new_bytes
+        self.temperature = temperature
+        self.top_k = top_k
+        self.seed = seed
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse a module that cannot generate before any time is spent on it."""
+        if not isinstance(pl_module, TextGenerator):
+            raise TypeError(
+                f"TextSampler needs a LightningModule with a method generate_text, {type(pl_module).__name__} has "
+                "none: leave the callback out (callbacks=quiet), or add the method"
+            )
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Generate and log."""
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        experiments = [getattr(logger, "experiment", None) for logger in trainer.loggers]
+        writers = [experiment for experiment in experiments if hasattr(experiment, "add_text")]
+        if not writers:
+            return
+        assert isinstance(pl_module, TextGenerator)
+        text = pl_module.generate_text(
+            self.prompt,
+            max_new_bytes=self.max_new_bytes,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            seed=self.seed,
+        )
+        # Markdown: four spaces in front of each line keep it as it is, whatever fences the text itself contains.
+        block = "\n".join("    " + line for line in text.splitlines())
+        for writer in writers:
+            writer.add_text("sample", block, trainer.global_step)

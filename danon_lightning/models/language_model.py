@@ -1,0 +1,180 @@
+"""LightningModules that train an attention model to predict the next byte."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any, ClassVar, TypeVar
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from typing_extensions import override
+
+from danon_lightning.attention import (
+    AttentionConfig,
+    AttentionModel,
+    FullAttentionConfig,
+    FullAttentionModel,
+    MSRAConfig,
+    MSRAModel,
+)
+from danon_lightning.models.generation import generate
+from danon_lightning.models.metrics import BitsPerByte
+from danon_lightning.models.optimization import OptimizerConfig, build_adamw, warmup_cosine
+
+_Config = TypeVar("_Config")
+
+
+class LanguageModel(pl.LightningModule):
+    """Next-symbol prediction with one of the attention models; subclasses say which.
+
+    A batch is a long tensor ``[b, n + 1]``: symbols 0 … n−1 are the input, 1 … n what is to be predicted.
+
+    Keys logged:
+        ``train/loss`` (nats), ``train/bits_per_byte`` of each step on rank 0; ``val/loss``, ``val/bits_per_byte`` over
+        the whole validation set of all ranks.
+
+    Args:
+        config: The model's config, or its fields as a mapping.
+        optimizer: How it is optimized, or its fields as a mapping.
+
+    Raises:
+        ValueError: If a field is unknown or out of range, or the model is not causal.
+    """
+
+    model_class: ClassVar[type[AttentionModel]]
+    config_class: ClassVar[type[AttentionConfig]]
+
+    def __init__(
+        self,
+        config: AttentionConfig | Mapping[str, Any] | None = None,
+        optimizer: OptimizerConfig | Mapping[str, Any] | None = None,
+    ) -> None:
+        """See the class."""
+        super().__init__()
+        self.config = _build(self.config_class, config, "config")
+        self.optimizer_config = _build(OptimizerConfig, optimizer, "optimizer")
+        if not self.config.causal:
+            raise ValueError("causal=False cannot be trained to predict the next symbol, which it would see")
+        # Plain values only, so that checkpoints load with weights_only=True.
+        self.save_hyperparameters({"config": asdict(self.config), "optimizer": asdict(self.optimizer_config)})
+        self.model = self.model_class(self.config)
+        self.head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
+        nn.init.normal_(self.head.weight, std=self.config.initializer_range)
+        self.val_bits_per_byte = BitsPerByte()
+
+    @override
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Logits ``[b, n, vocabulary]`` of the symbol after each of ``input_ids [b, n]``."""
+        logits: Tensor = self.head(self.model(input_ids, attention_mask).last_hidden_state)
+        return logits
+
+    def loss(self, tokens: Tensor) -> Tensor:
+        """Mean cross-entropy in nats of ``tokens [b, n + 1]``, a scalar."""
+        return F.cross_entropy(self(tokens[:, :-1]).flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+    @override
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """One batch ``[b, n + 1]``."""
+        loss = self.loss(batch)
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/bits_per_byte", loss.detach() / math.log(2), prog_bar=True)
+        return loss
+
+    @override
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        """One batch ``[b, n + 1]``."""
+        loss = self.loss(batch)
+        self.val_bits_per_byte.update(loss, batch[:, 1:].numel())
+        self.log("val/loss", loss, batch_size=len(batch), sync_dist=True)
+        self.log("val/bits_per_byte", self.val_bits_per_byte, prog_bar=True)
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW, warm-up and cosine over the steps of the run."""
+        optimizer = build_adamw(self, self.optimizer_config)
+        factor = warmup_cosine(self.optimizer_config, self.trainer.estimated_stepping_batches)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @torch.no_grad()
+    def generate_text(
+        self,
+        prompt: str,
+        *,
+        max_new_bytes: int = 200,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        seed: int = 0,
+    ) -> str:
+        """Continue a text byte by byte, from the streaming form of the model.
+
+        Args:
+            prompt: At least one byte in UTF-8.
+            max_new_bytes: Bytes to add. Prompt and continuation together must fit ``max_sequence_length``.
+            temperature: Divides the logits; 0 takes the most probable byte.
+            top_k: Draw among the k most probable bytes only; None for all.
+            seed: Of the draws. The global random state is not touched.
+
+        Returns:
+            The prompt and its continuation; what is no valid UTF-8 is replaced.
+
+        Raises:
+            ValueError: If the prompt is empty or the text would be too long, or for a value out of range.
+        """
+        start = prompt.encode()
+        if not start:
+            raise ValueError("prompt='' is empty: give the model at least one byte to continue")
+        longest = self.config.max_sequence_length
+        if len(start) + max_new_bytes > longest:
+            raise ValueError(
+                f"a prompt of {len(start)} bytes and max_new_bytes={max_new_bytes} exceed "
+                f"max_sequence_length={longest}: shorten either, or train with a longer one"
+            )
+        state = self.model.init_state(batch_size=1)
+
+        def next_logits(tokens: Tensor) -> Tensor:
+            nonlocal state
+            output = self.model(tokens, state=state)
+            state = output.state
+            logits: Tensor = self.head(output.last_hidden_state[:, -1])
+            return logits
+
+        was_training = self.training
+        self.eval()
+        try:
+            tokens = torch.tensor([list(start)], device=self.device)
+            tokens = generate(next_logits, tokens, max_new_bytes, temperature=temperature, top_k=top_k, seed=seed)
+        finally:
+            self.train(was_training)
+        return bytes(tokens[0].tolist()).decode(errors="replace")
+
+
+class MSRALightning(LanguageModel):
+    """Language modelling with multi-scale recursive attention; ``config`` has the fields of :class:`MSRAConfig`."""
+
+    model_class = MSRAModel
+    config_class = MSRAConfig
+
+
+class FullAttentionLightning(LanguageModel):
+    """The baseline: full softmax attention; ``config`` has the fields of :class:`FullAttentionConfig`."""
+
+    model_class = FullAttentionModel
+    config_class = FullAttentionConfig
+
+
+def _build(cls: type[_Config], given: Any, argument: str) -> _Config:
+    """Make a config of ``given``: one already, a mapping of its fields, or None for the defaults."""
+    if isinstance(given, cls):
+        return given
+    if given is None:
+        return cls()
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{argument} must be a {cls.__name__} or a mapping of its fields, got {type(given).__name__}")
+    valid = list(getattr(cls, "__dataclass_fields__", {}))
+    if unknown := sorted(set(given) - set(valid)):
+        raise ValueError(f"{argument} has unknown fields {unknown}; {cls.__name__} has: {', '.join(valid)}")
+    return cls(**given)

@@ -1,0 +1,87 @@
+"""AdamW with sensible parameter groups, and a warm-up followed by a cosine."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """How a model is optimized.
+
+    Args:
+        learning_rate: Peak learning rate.
+        weight_decay: Decoupled decay of weight matrices; embeddings, gains, biases and other vectors are not decayed.
+        beta1: Decay of the mean of the gradient.
+        beta2: Decay of its mean square.
+        warmup_steps: Optimizer steps over which the learning rate rises linearly from near zero.
+        final_learning_rate: What the cosine ends at, as a fraction of the peak.
+
+    Raises:
+        ValueError: For a value out of range, naming it.
+    """
+
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    warmup_steps: int = 20
+    final_learning_rate: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate={self.learning_rate} must be positive")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay={self.weight_decay} must not be negative")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1)")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps={self.warmup_steps} must not be negative")
+        if not 0 <= self.final_learning_rate <= 1:
+            raise ValueError(f"final_learning_rate={self.final_learning_rate} is a fraction of the peak, in [0, 1]")
+
+
+def build_adamw(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over the parameters of ``module``, weight decay only where it belongs: matrices outside embeddings.
+
+    Reference:
+        Loshchilov and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019 (arXiv:1711.05101).
+    """
+    embeddings = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    decayed = [p for p in parameters if p.dim() > 1 and id(p) not in embeddings]
+    rest = [p for p in parameters if p.dim() <= 1 or id(p) in embeddings]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+    )
+
+
+def warmup_cosine(config: OptimizerConfig, total_steps: float) -> Callable[[int], float]:
+    """Factor of the learning rate at each optimizer step, for ``torch.optim.lr_scheduler.LambdaLR``.
+
+    Args:
+        config: Gives ``warmup_steps`` and ``final_learning_rate``.
+        total_steps: Steps of the whole run; where it is infinite the rate stays at its peak after the warm-up.
+
+    Reference:
+        Loshchilov and Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts", ICLR 2017 (arXiv:1608.03983).
+    """
+
+    def factor(step: int) -> float:
+        if step < config.warmup_steps:
+            return (step + 1) / config.warmup_steps
+        if math.isinf(total_steps):
+            return 1.0
+        progress = min(1.0, (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps))
+        low = config.final_learning_rate
+        return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return factor

@@ -1,0 +1,100 @@
+"""The ``danon-train`` command: from a Hydra config to a trained model."""
+
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import hydra
+import lightning.pytorch as pl
+from hydra.errors import ConfigCompositionException
+from hydra.utils import instantiate
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+# A config is data, possibly somebody else's: without this list `_target_` could call anything that is installed.
+ALLOWED_TARGETS = ("danon_lightning", "lightning.pytorch", "torch.optim", "torch.nn", "torchmetrics")
+
+
+def train(config: DictConfig) -> float | None:
+    """Train what the config describes, and resume if ``ckpt_path`` is given.
+
+    Returns:
+        The monitored metric of the best checkpoint, for sweeps; None without one.
+
+    Raises:
+        ValueError: If a ``_target_`` lies outside :data:`ALLOWED_TARGETS` and ``allowed_targets`` of the config.
+    """
+    check_targets(config, (*ALLOWED_TARGETS, *config.allowed_targets))
+    pl.seed_everything(config.seed, workers=True, verbose=False)
+    datamodule: pl.LightningDataModule = instantiate(config.data)
+    module: pl.LightningModule = instantiate(config.model, _convert_="all")
+    trainer: pl.Trainer = instantiate(
+        config.trainer,
+        strategy=instantiate(config.strategy),
+        logger=instantiate(config.logger) if config.logger else False,
+        callbacks=[instantiate(callback) for callback in config.callbacks.values() if callback],
+    )
+    _save_config(config, trainer)
+    trainer.fit(module, datamodule, ckpt_path=config.ckpt_path, weights_only=True)
+    best = getattr(trainer.checkpoint_callback, "best_model_score", None)
+    return None if best is None else float(best)
+
+
+def check_targets(config: Any, allowed: tuple[str, ...]) -> None:
+    """Refuse a config that names classes outside the allowed packages.
+
+    Args:
+        config: Any node of a config.
+        allowed: Dotted names; what lies below one of them is allowed too.
+
+    Raises:
+        ValueError: Naming the target and how to allow it.
+    """
+    for target in _targets(config):
+        if not any(target == name or target.startswith(name + ".") for name in allowed):
+            raise ValueError(
+                f"_target_={target} is not among the allowed packages ({', '.join(allowed)}). If you trust it, add its "
+                f"package: allowed_targets=[{target.split('.')[0]}]"
+            )
+
+
+def _targets(node: Any) -> Iterator[str]:
+    if OmegaConf.is_dict(node):
+        for key in node:
+            if OmegaConf.is_missing(node, key):
+                continue
+            if key == "_target_":
+                yield node[key]
+            else:
+                yield from _targets(node[key])
+    elif OmegaConf.is_list(node):
+        for child in node:
+            yield from _targets(child)
+
+
+@rank_zero_only
+def _save_config(config: DictConfig, trainer: pl.Trainer) -> None:
+    if trainer.log_dir:
+        os.makedirs(trainer.log_dir, exist_ok=True)
+        OmegaConf.save(config, os.path.join(trainer.log_dir, "config.yaml"), resolve=True)
+
+
+@hydra.main(version_base="1.3", config_path="pkg://danon_lightning.configs", config_name="train")
+def _hydra_main(config: DictConfig) -> float | None:
+    return train(config)
+
+
+def main() -> None:
+    """Entry point of the command."""
+    # Hydra would cut the traceback of every error; it is wanted, except for a mistake on the command line.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    try:
+        _hydra_main()
+    except (ConfigCompositionException, OmegaConfBaseException) as error:
+        sys.exit(f"danon-train: {error}")
+
+
+if __name__ == "__main__":
+    main()
