@@ -7,11 +7,11 @@ from typing import Any
 
 import hydra
 import lightning.pytorch as pl
-from hydra.errors import ConfigCompositionException
 from hydra.utils import instantiate
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+
+from danon_lightning.command_line import explained
 
 # A config is data, possibly somebody else's: without this list `_target_` could call anything that is installed.
 ALLOWED_TARGETS = ("danon_lightning", "lightning.pytorch", "torch.optim", "torch.nn", "torchmetrics")
@@ -88,12 +88,8 @@ def _hydra_main(config: DictConfig) -> float | None:
 
 def main() -> None:
     """Entry point of the command."""
-    # Hydra would cut the traceback of every error; it is wanted, except for a mistake on the command line.
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    try:
-        _hydra_main()
-    except (ConfigCompositionException, OmegaConfBaseException) as error:
-        sys.exit(f"danon-train: {error}")
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra would cut the traceback of every error
+    explained(_hydra_main, config_module="danon_lightning.configs", config_name="train", arguments=sys.argv[1:])
 
 
 if __name__ == "__main__":

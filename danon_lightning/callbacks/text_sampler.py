@@ -1,6 +1,6 @@
 """Shows in the logs what a language model would write."""
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
 from typing_extensions import override
@@ -70,7 +70,7 @@ class TextSampler(pl.Callback):
         """Generate and log."""
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
-        experiments = [getattr(logger, "experiment", None) for logger in trainer.loggers]
+        experiments: list[Any] = [getattr(logger, "experiment", None) for logger in trainer.loggers]
         writers = [experiment for experiment in experiments if hasattr(experiment, "add_text")]
         if not writers:
             return
