@@ -1,0 +1,30 @@
+"""Attention models with sub-quadratic cost, and full attention in the same block to measure them against.
+
+A model is built from the config of a variant, for instance ``MSRAModel(hidden_size=512)``. The mechanisms themselves,
+without learned parts, are functions in ``danon_lightning.attention.functional``. A variant of your own is a subclass of
+``AttentionCore`` with a config, made known by ``register_variant``.
+"""
+
+from danon_lightning.attention.config import AttentionConfig
+from danon_lightning.attention.core import AttentionCore, State, detach_state, map_state
+from danon_lightning.attention.full import FullAttentionConfig, FullAttentionModel
+from danon_lightning.attention.model import AttentionModel, AttentionModelOutput
+from danon_lightning.attention.msra import MSRAConfig, MSRAModel
+from danon_lightning.attention.registry import available_variants, get_variant, register_variant
+
+__all__ = [
+    "AttentionConfig",
+    "AttentionCore",
+    "AttentionModel",
+    "AttentionModelOutput",
+    "FullAttentionConfig",
+    "FullAttentionModel",
+    "MSRAConfig",
+    "MSRAModel",
+    "State",
+    "available_variants",
+    "detach_state",
+    "get_variant",
+    "map_state",
+    "register_variant",
+]

@@ -1,0 +1,96 @@
+"""What the shared block expects of an attention variant, and what streaming states are made of."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from danon_lightning.attention.config import AttentionConfig
+
+__all__ = ["AttentionCore", "State", "detach_state", "map_state"]
+
+# Plain dicts and lists of tensors, numbers and strings only: torch.save writes them, and
+# torch.load(weights_only=True) reads them back.
+State: TypeAlias = dict[str, Any]
+
+
+def map_state(function: Callable[[Tensor], Tensor], state: Any) -> Any:
+    """Return a copy of ``state`` with ``function`` applied to every tensor in it.
+
+    Args:
+        function: For instance ``lambda tensor: tensor.to("cuda")``.
+        state: A streaming state, or any nest of dicts, lists and tuples.
+    """
+    if isinstance(state, Tensor):
+        return function(state)
+    if isinstance(state, dict):
+        return {name: map_state(function, item) for name, item in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(map_state(function, item) for item in state)
+    return state
+
+
+def detach_state(state: State) -> State:
+    """Return ``state`` cut off from the graph, for backpropagation truncated at a chunk border."""
+    detached: State = map_state(Tensor.detach, state)
+    return detached
+
+
+class AttentionCore(nn.Module, ABC):
+    """The part of a block that mixes tokens: one subclass a variant.
+
+    Subclasses are constructed from their config alone. Every parameter must receive a gradient at every sequence
+    length, zero if need be (``danon_lightning.attention.layers.keep_in_graph``), and rotation by position happens
+    inside the core.
+
+    Args:
+        config: The settings of the model.
+    """
+
+    def __init__(self, config: AttentionConfig) -> None:
+        """Keep the settings."""
+        super().__init__()
+        self.config = config
+
+    @abstractmethod
+    def forward(
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        key_padding_mask: Tensor | None = None,
+        state: State | None = None,
+    ) -> tuple[Tensor, State | None]:
+        """Attend.
+
+        Args:
+            x: Normalised input of the block ``[b, n, D]``, for gates and biases.
+            q: Queries ``[b, H, n, d]``, neither rotated nor scaled.
+            k: Keys ``[b, G, n, d]``.
+            v: Values ``[b, G, n, d]``.
+            key_padding_mask: True for real tokens ``[b, n]``, boolean; ``None`` means that all are.
+            state: ``None`` for the parallel form. Otherwise ``x`` and the others continue the sequence that the state
+                has seen; the state itself is not changed.
+
+        Returns:
+            The output ``[b, H, n, d]``, zero in rows that see no real token, and the new state if one was given.
+        """
+
+    @abstractmethod
+    def init_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> State:
+        """Return the state before the first token.
+
+        Args:
+            batch_size: Number of sequences b.
+            device: Where the state lives.
+            dtype: Dtype of its keys, values and the like.
+        """
+
+    @property
+    def streams_without_end(self) -> bool:
+        """Whether the streaming form may go on beyond ``max_sequence_length``."""
+        return False

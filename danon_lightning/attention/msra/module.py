@@ -1,0 +1,233 @@
+"""MSRA as a variant of the model: its settings, its learned parts, its registration."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from danon_lightning.attention.config import AttentionConfig
+from danon_lightning.attention.core import AttentionCore, State
+from danon_lightning.attention.layers import ZeroLinear, keep_in_graph
+from danon_lightning.attention.model import AttentionModel
+from danon_lightning.attention.msra.functional import msra_attention
+from danon_lightning.attention.msra.fusion import ConcatFusion, FeatureFusion, WeightedFusion
+from danon_lightning.attention.msra.geometry import Geometry
+from danon_lightning.attention.msra.streaming import empty_state, stream_chunk
+from danon_lightning.attention.registry import register_variant
+
+__all__ = ["MSRAAttention", "MSRAConfig", "MSRAModel"]
+
+FUSIONS = ("adaptive", "weighted", "concat")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MSRAConfig(AttentionConfig):
+    """Settings of multi-scale recursive attention, beside those that all variants share.
+
+    Args:
+        block_size: Cells B in a block; a query sees between one and two blocks at each level. A multiple of the pooling
+            factor. Recall grows with the number of cells a query sees.
+        compression_factor: Pooling factor r: cells of one level that a cell of the next one summarises.
+        num_levels: Number of levels; ``"auto"`` takes the least with which every token of the longest sequence reaches
+            every other one. With fewer, far tokens are out of reach, and streams may go on without end.
+        feature_fusion: ``"adaptive"``: one softmax over all levels, with a learned bias for each level that depends on
+            the token. ``"weighted"``: a softmax per level, combined by learned weights. ``"concat"``: a softmax per
+            level, concatenated and projected.
+        compression_alpha: If given, the pooling factor is not ``compression_factor`` but follows from the longest
+            sequence: round(alpha · ln ``max_sequence_length``), at least 2 and at most ``max_compression_factor``.
+        max_compression_factor: Upper limit of the pooling factor when it follows from the longest sequence.
+
+    Raises:
+        ValueError: If a setting is out of range or does not fit another one.
+    """
+
+    block_size: int = 64
+    compression_factor: int = 4
+    num_levels: int | Literal["auto"] = "auto"
+    feature_fusion: str = "adaptive"
+    compression_alpha: float | None = None
+    max_compression_factor: int = 16
+
+    def __post_init__(self) -> None:
+        """Check every setting."""
+        super().__post_init__()
+        self._require_integer("block_size", minimum=1)
+        self._require_integer("compression_factor", minimum=2)
+        self._require_integer("max_compression_factor", minimum=2)
+        if self.num_levels != "auto":
+            self._require_integer("num_levels", minimum=1)
+        self._require_choice("feature_fusion", FUSIONS)
+        valid_alpha = self.compression_alpha is None or self.compression_alpha > 0
+        self._require(valid_alpha, "compression_alpha", "must be positive, or None for a fixed factor")
+        _ = self.geometry  # Raises if the block size does not fit the pooling factor.
+
+    @property
+    def pool_factor(self) -> int:
+        """The pooling factor r in use."""
+        if self.compression_alpha is None:
+            return self.compression_factor
+        wanted = round(self.compression_alpha * math.log(self.max_sequence_length))
+        return min(max(wanted, 2), self.max_compression_factor)
+
+    @property
+    def geometry(self) -> Geometry:
+        """The layout of the levels."""
+        return Geometry.resolve(self.block_size, self.pool_factor, self.num_levels, self.max_sequence_length)
+
+
+class MSRAAttention(AttentionCore):
+    """The core of MSRA: learned pooling, learned preference for levels, parallel and streaming form.
+
+    Args:
+        config: The settings.
+    """
+
+    config: MSRAConfig
+
+    def __init__(self, config: MSRAConfig) -> None:
+        """Create the learned parts; a single level needs none of them."""
+        super().__init__(config)
+        self.geometry = config.geometry
+        upper, groups, width = self.geometry.num_levels - 1, config.kv_heads, config.head_dim
+        self.pool_query: nn.Parameter | None = None
+        self.key_maps: nn.Parameter | None = None
+        self.value_maps: nn.Parameter | None = None
+        self.level_bias: ZeroLinear | None = None
+        self.fusion: WeightedFusion | ConcatFusion | None = None
+        if upper > 0:
+            self.pool_query = nn.Parameter(torch.empty(groups, width))
+            self.key_maps = nn.Parameter(torch.empty(upper, groups, width, width))
+            self.value_maps = nn.Parameter(torch.empty(upper, groups, width, width))
+        if upper > 0 and config.feature_fusion == "adaptive":
+            self.level_bias = ZeroLinear(config.hidden_size, config.num_heads * self.geometry.num_levels)
+        if config.feature_fusion == "weighted":
+            std = config.initializer_range
+            self.fusion = WeightedFusion(config.hidden_size, config.num_heads, config.head_dim, std=std)
+        if config.feature_fusion == "concat":
+            self.fusion = ConcatFusion(self.geometry.num_levels, config.head_dim, std=config.initializer_range)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start from mean pooling: no direction counts more, and the maps are identities."""
+        if self.pool_query is None or self.key_maps is None or self.value_maps is None:
+            return
+        with torch.no_grad():
+            self.pool_query.zero_()
+            for maps in (self.key_maps, self.value_maps):
+                maps.copy_(torch.eye(maps.shape[-1], device=maps.device).expand_as(maps))
+
+    @property
+    def streams_without_end(self) -> bool:
+        """True with a fixed number of levels: what is out of reach is let go."""
+        return self.config.num_levels != "auto"
+
+    def init_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> State:
+        """Return the state before the first token; see ``AttentionCore.init_state``."""
+        heads, width, levels = self.config.kv_heads, self.config.head_dim, self.geometry.num_levels
+        return empty_state(batch_size, heads, width, levels, device=device, dtype=dtype)
+
+    def forward(
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        key_padding_mask: Tensor | None = None,
+        state: State | None = None,
+    ) -> tuple[Tensor, State | None]:
+        """Attend; see ``AttentionCore.forward``."""
+        level_bias = None
+        if self.level_bias is not None:
+            level_bias = self.level_bias(x).unflatten(-1, (-1, self.geometry.num_levels)).transpose(1, 2)
+        if state is not None:
+            return self._stream(x, q, k, v, level_bias, key_padding_mask, state)
+        output = msra_attention(
+            q,
+            k,
+            v,
+            block_size=self.config.block_size,
+            pool_factor=self.config.pool_factor,
+            num_levels=self.geometry.num_levels,
+            level_bias=level_bias,
+            pool_query=self.pool_query,
+            key_maps=self.key_maps,
+            value_maps=self.value_maps,
+            rope_base=self.config.rope_base,
+            causal=self.config.causal,
+            key_padding_mask=key_padding_mask,
+            feature_fusion=self._feature_fusion(x),
+            dropout_p=self._dropout_p(),
+        )
+        if self.geometry.active_levels(x.shape[1]) == 1:
+            output = self._keep_unused(output, level_bias)
+        return output, None
+
+    def _stream(
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        level_bias: Tensor | None,
+        key_padding_mask: Tensor | None,
+        state: State,
+    ) -> tuple[Tensor, State]:
+        """Attend piece by piece, so that the cost of a long chunk stays linear in its length."""
+        piece = self.config.block_size * self.config.pool_factor
+        outputs = []
+        for start in range(0, x.shape[1], piece):
+            here = slice(start, start + piece)
+            output, state = stream_chunk(
+                q[:, :, here],
+                k[:, :, here],
+                v[:, :, here],
+                state,
+                geometry=self.geometry,
+                level_bias=None if level_bias is None else level_bias[:, :, here],
+                pool_query=self.pool_query,
+                key_maps=self.key_maps,
+                value_maps=self.value_maps,
+                rope_base=self.config.rope_base,
+                key_padding_mask=None if key_padding_mask is None else key_padding_mask[:, here],
+                feature_fusion=self._feature_fusion(x[:, here]),
+                dropout_p=self._dropout_p(),
+            )
+            outputs.append(output)
+        # The cells of the upper levels may all come from earlier chunks, perhaps detached.
+        return self._keep_unused(torch.cat(outputs, dim=2), level_bias), state
+
+    def _feature_fusion(self, x: Tensor) -> FeatureFusion:
+        if isinstance(self.fusion, WeightedFusion):
+            return partial(self.fusion, x=x)
+        return "adaptive" if self.fusion is None else self.fusion
+
+    def _dropout_p(self) -> float:
+        return self.config.attention_dropout if self.training else 0.0
+
+    def _keep_unused(self, output: Tensor, level_bias: Tensor | None) -> Tensor:
+        """Give what only the upper levels use at least a zero gradient."""
+        candidates: Sequence[Tensor | None] = (level_bias, self.pool_query, self.key_maps, self.value_maps)
+        return keep_in_graph(output, *(tensor for tensor in candidates if tensor is not None))
+
+
+class MSRAModel(AttentionModel):
+    """A model with multi-scale recursive attention in every block.
+
+    Args:
+        config: The settings; ``None`` means the defaults.
+        **overrides: Settings that replace those of ``config``.
+    """
+
+    config_class: ClassVar[type[AttentionConfig]] = MSRAConfig
+
+    def __init__(self, config: MSRAConfig | None = None, **overrides: object) -> None:
+        """Create the layers."""
+        super().__init__(config, **overrides)
+
+
+register_variant("msra", MSRAConfig, MSRAAttention)

@@ -1,0 +1,245 @@
+"""The models around the cores."""
+
+import pytest
+import torch
+
+from danon_lightning.attention import (
+    AttentionModel,
+    AttentionModelOutput,
+    FullAttentionConfig,
+    FullAttentionModel,
+    MSRAConfig,
+    MSRAModel,
+)
+
+SIZES = {"vocab_size": 11, "hidden_size": 16, "num_layers": 2, "max_sequence_length": 64}
+MSRA = {"block_size": 4, "compression_factor": 2}
+pytestmark = pytest.mark.filterwarnings("ignore:num_levels is fixed")
+
+
+def build(variant: str, **settings) -> AttentionModel:
+    torch.manual_seed(0)
+    if variant == "full":
+        return FullAttentionModel(**{**SIZES, **settings})
+    return MSRAModel(**{**SIZES, **MSRA, **settings})
+
+
+def scramble(model: AttentionModel) -> AttentionModel:
+    """Move every parameter away from its neutral start."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    return model
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 9, 40])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("variant", "settings"),
+    [
+        ("full", {}),
+        ("full", {"type_vocab_size": 2, "learned_positions": True, "num_kv_heads": 1}),
+        ("msra", {}),
+        ("msra", {"feature_fusion": "weighted", "num_kv_heads": 2}),
+        ("msra", {"feature_fusion": "concat"}),
+        ("msra", {"num_levels": 1}),
+        ("msra", {"num_levels": 1, "feature_fusion": "concat"}),
+        ("msra", {"num_levels": 6, "attention_dropout": 0.1, "gradient_checkpointing": True}),
+    ],
+)
+def test_every_parameter_receives_a_gradient(variant, settings, causal, length):
+    model = build(variant, causal=causal, **settings)
+    mask = torch.ones(2, length, dtype=torch.int64)
+    mask[0, : length // 2] = 0
+    output = model(torch.randint(0, 11, (2, length)), mask).last_hidden_state
+    (output * torch.randn_like(output)).sum().backward()
+    grads = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert [name for name, grad in grads.items() if grad is None or not grad.isfinite().all()] == []
+
+
+@pytest.mark.parametrize("variant", ["full", "msra"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_padding_changes_nothing_and_gives_zeros(variant, causal):
+    model = scramble(build(variant, causal=causal).double())
+    ids = torch.randint(0, 11, (3, 30))
+    mask = torch.ones(3, 30, dtype=torch.int64)
+    mask[0, :7], mask[1, 20:], mask[2] = 0, 0, 0
+    output = model(ids, mask).last_hidden_state
+    assert torch.count_nonzero(output[mask == 0]) == 0 and output.isfinite().all()
+    changed = torch.where(mask == 1, ids, (ids + 3) % 11)
+    torch.testing.assert_close(model(changed, mask).last_hidden_state, output, rtol=0, atol=1e-12)
+    torch.testing.assert_close(model(ids, mask.bool()).last_hidden_state, output, rtol=0, atol=0)
+    # Right padding leaves positions and blocks where they are: the padded row equals the shorter sequence.
+    alone = model(ids[1:2, :20]).last_hidden_state
+    torch.testing.assert_close(output[1:2, :20], alone, rtol=0, atol=1e-12)
+    output.square().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_left_padding_equals_a_shift_under_full_attention():
+    model, ids = scramble(build("full").double()), torch.randint(0, 11, (1, 12))
+    mask = torch.tensor([[0] * 5 + [1] * 12])
+    padded = model(torch.cat([ids[:, :5], ids], dim=1), mask).last_hidden_state[:, 5:]
+    torch.testing.assert_close(padded, model(ids).last_hidden_state, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("variant", ["full", "msra"])
+def test_the_future_does_not_leak(variant):
+    model = scramble(build(variant).double())
+    ids = torch.randint(0, 11, (2, 40))
+    output = model(ids).last_hidden_state
+    for position in (1, 8, 17, 39):
+        changed = ids.clone()
+        changed[:, position:] = (changed[:, position:] + 1) % 11
+        other = model(changed).last_hidden_state
+        torch.testing.assert_close(other[:, :position], output[:, :position], rtol=0, atol=1e-13)
+        assert not torch.allclose(other[:, position], output[:, position])
+
+
+@pytest.mark.parametrize("variant", ["full", "msra"])
+def test_both_sides_are_seen_when_not_causal(variant):
+    model = scramble(build(variant, causal=False).double())
+    ids = torch.randint(0, 11, (1, 40))
+    changed = ids.clone()
+    changed[:, -1] = (changed[:, -1] + 1) % 11
+    difference = (model(changed).last_hidden_state - model(ids).last_hidden_state).abs().amax(dim=-1)
+    assert (difference > 1e-9).all()
+
+
+@pytest.mark.parametrize("variant", ["full", "msra"])
+def test_gradient_checkpointing_changes_nothing(variant):
+    settings = {"dropout": 0.2, "attention_dropout": 0.2}
+    plain, checkpointed = build(variant, **settings), build(variant, **settings, gradient_checkpointing=True)
+    ids, results = torch.randint(0, 11, (2, 40)), []
+    for model in (plain, checkpointed):
+        torch.manual_seed(1)
+        loss = model(ids, torch.ones_like(ids)).last_hidden_state.square().mean()
+        loss.backward()
+        results.append([loss, *(parameter.grad for parameter in model.parameters())])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("variant", ["full", "msra"])
+def test_dropout_acts_in_training_only(variant):
+    ids = torch.randint(0, 11, (2, 40))
+    for settings in ({"dropout": 0.3}, {"attention_dropout": 0.3}):
+        model = scramble(build(variant, **settings))
+        assert not torch.allclose(model(ids).last_hidden_state, model(ids).last_hidden_state)
+        model.eval()
+        torch.testing.assert_close(model(ids).last_hidden_state, model(ids).last_hidden_state, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("variant", "settings"),
+    [("full", {}), ("msra", {}), ("msra", {"feature_fusion": "weighted"}), ("msra", {"feature_fusion": "concat"})],
+)
+def test_bf16_autocast_runs_and_stays_close(variant, settings):
+    model, ids = build(variant, **settings), torch.randint(0, 11, (2, 40))
+    mask = torch.ones_like(ids)
+    mask[0, 30:] = 0
+    expected = model(ids, mask).last_hidden_state
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(ids, mask).last_hidden_state
+        chunk = model(ids, mask, state=model.init_state(2)).last_hidden_state
+    torch.testing.assert_close(output.float(), expected, rtol=0, atol=0.15)
+    torch.testing.assert_close(chunk.float(), expected, rtol=0, atol=0.15)
+    output.float().square().mean().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_outputs():
+    model, ids = build("msra"), torch.randint(0, 11, (2, 9))
+    output = model(ids, output_hidden_states=True)
+    assert isinstance(output, AttentionModelOutput) and output.state is None
+    assert [tuple(hidden.shape) for hidden in output.all_hidden_states] == [(2, 9, 16)] * 3
+    torch.testing.assert_close(model.final_norm(output.all_hidden_states[-1]), output.last_hidden_state)
+    last, state = model(ids, state=model.init_state(2), return_dict=False)
+    assert last.shape == (2, 9, 16) and state["position"] == 9
+    assert len(model(ids, return_dict=False)) == 1
+
+
+def test_token_types_and_positions_are_added():
+    model = scramble(build("full", type_vocab_size=3, learned_positions=True).double())
+    ids = torch.randint(0, 11, (2, 9))
+    plain = model(ids).last_hidden_state
+    zeros, counted = torch.zeros_like(ids), torch.arange(9)
+    for positions in (counted, counted.expand(2, 9)):
+        same = model(ids, token_type_ids=zeros, position_ids=positions).last_hidden_state
+        torch.testing.assert_close(same, plain, rtol=0, atol=0)
+    assert not torch.allclose(model(ids, token_type_ids=zeros + 2).last_hidden_state, plain)
+    assert not torch.allclose(model(ids, position_ids=counted + 1).last_hidden_state, plain)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"input_ids": torch.zeros(5, dtype=torch.int64)}, r"input_ids has shape \[5\]"),
+        ({"input_ids": torch.zeros(2, 0, dtype=torch.int64)}, r"input_ids has shape \[2, 0\]"),
+        ({"input_ids": torch.zeros(2, 5)}, "input_ids has dtype torch.float32"),
+        ({"input_ids": torch.zeros(2, 65, dtype=torch.int64)}, "65 tokens, more than max_sequence_length=64"),
+        ({"attention_mask": torch.ones(2, 4)}, r"attention_mask has shape \[2, 4\], but input_ids has shape \[2, 5\]"),
+        ({"attention_mask": torch.ones(2, 5)}, "attention_mask has dtype torch.float32; it must be boolean or integer"),
+        ({"token_type_ids": torch.zeros(2, 5, dtype=torch.int64)}, "type_vocab_size=0"),
+        ({"position_ids": torch.zeros(5, dtype=torch.int64)}, "learned_positions=False"),
+        ({"position_ids": torch.zeros(3, dtype=torch.int64)}, r"position_ids must be \[2, 5\] or \[5\]"),
+    ],
+)
+@pytest.mark.parametrize("variant", ["full", "msra"])
+def test_errors_name_the_argument(variant, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        build(variant)(**{"input_ids": torch.zeros(2, 5, dtype=torch.int64), **arguments})
+
+
+def test_constructors():
+    config = MSRAConfig(**SIZES, **MSRA)
+    assert MSRAModel(config, num_layers=1).config.num_layers == 1
+    assert config.num_layers == 2
+    assert MSRAModel(config).state_dict().keys() == AttentionModel(config).state_dict().keys()
+    with pytest.raises(TypeError, match="must be an instance of MSRAConfig"):
+        MSRAModel(FullAttentionConfig())
+    with pytest.raises(TypeError, match="blocksize: not a setting of this model; use one of .*block_size"):
+        MSRAModel(blocksize=4)
+    with pytest.raises(ValueError, match="AttentionConfig belongs to no attention variant"):
+        AttentionModel()
+
+
+@pytest.mark.parametrize("fusion", ["adaptive", "weighted", "concat"])
+def test_initial_values_also_after_the_meta_device(fusion):
+    model = build("msra", initializer_range=0.05, hidden_size=64, feature_fusion=fusion)
+    with torch.device("meta"):
+        later = build("msra", initializer_range=0.05, hidden_size=64, feature_fusion=fusion)
+    later.to_empty(device="cpu")
+    for module in later.modules():
+        if list(module.parameters(recurse=False)):
+            module.reset_parameters()
+    for name, expected in model.state_dict().items():
+        found = later.state_dict()[name]
+        assert found.std().item() == pytest.approx(expected.std().item(), rel=0.2, abs=1e-6), name
+        assert found.mean().item() == pytest.approx(expected.mean().item(), abs=0.01), name
+    core = model.layers[0].core
+    assert torch.count_nonzero(core.pool_query) == 0
+    assert torch.equal(core.key_maps, torch.eye(16).expand_as(core.key_maps))
+    assert model.layers[0].qkv.weight.std().item() == pytest.approx(0.05, rel=0.1)
+    if fusion == "adaptive":
+        assert torch.count_nonzero(core.level_bias.weight) == 0
+
+
+@pytest.mark.parametrize("variant", ["full", "msra"])
+def test_export_keeps_the_results(variant):
+    model = scramble(build(variant, num_layers=1)).eval()
+    program = torch.export.export(model, (torch.randint(0, 11, (2, 40)),), kwargs={"return_dict": False})
+    other = torch.randint(0, 11, (2, 40))
+    exported = program.module()(other, return_dict=False)[0]
+    torch.testing.assert_close(exported, model(other).last_hidden_state, rtol=0, atol=1e-5)
+
+
+def test_compiled_gradients_are_the_same():
+    model, ids = scramble(build("msra", num_layers=1).double()), torch.randint(0, 11, (2, 13))
+    results = []
+    for forward in (model, torch.compile(model, backend="aot_eager")):
+        model.zero_grad()
+        forward(ids).last_hidden_state.sin().sum().backward()
+        results.append([parameter.grad for parameter in model.parameters()])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
