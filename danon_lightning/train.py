@@ -8,8 +8,8 @@ from typing import Any
 import hydra
 import lightning.pytorch as pl
 from hydra.utils import instantiate
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
+from typing_extensions import override
 
 from danon_lightning.command_line import explained
 
@@ -34,9 +34,8 @@ def train(config: DictConfig) -> float | None:
         config.trainer,
         strategy=instantiate(config.strategy),
         logger=instantiate(config.logger) if config.logger else False,
-        callbacks=[instantiate(callback) for callback in config.callbacks.values() if callback],
+        callbacks=[*_callbacks(config.callbacks), _ConfigSaver(config)],
     )
-    _save_config(config, trainer)
     trainer.fit(module, datamodule, ckpt_path=config.ckpt_path, weights_only=True)
     best = getattr(trainer.checkpoint_callback, "best_model_score", None)
     return None if best is None else float(best)
@@ -74,11 +73,27 @@ def _targets(node: Any) -> Iterator[str]:
             yield from _targets(child)
 
 
-@rank_zero_only
-def _save_config(config: DictConfig, trainer: pl.Trainer) -> None:
-    if trainer.log_dir:
-        os.makedirs(trainer.log_dir, exist_ok=True)
-        OmegaConf.save(config, os.path.join(trainer.log_dir, "config.yaml"), resolve=True)
+def _callbacks(configs: DictConfig) -> list[pl.Callback]:
+    """Those that are not switched off with ``callbacks.name=null``."""
+    chosen = {str(name): config for name, config in configs.items() if config is not None}
+    for name, config in chosen.items():
+        if "_target_" not in config:
+            raise ValueError(f"callbacks.{name} has no _target_: it was switched off and then given settings again")
+    return [instantiate(config) for config in chosen.values()]
+
+
+class _ConfigSaver(pl.Callback):
+    """Writes the config beside the logs, once the logger has made its folder."""
+
+    def __init__(self, config: DictConfig) -> None:
+        self._config = config
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        log_dir = trainer.log_dir  # reading it is a collective operation
+        if log_dir and trainer.is_global_zero:
+            os.makedirs(log_dir, exist_ok=True)
+            OmegaConf.save(self._config, os.path.join(log_dir, "config.yaml"), resolve=True)
 
 
 @hydra.main(version_base="1.3", config_path="pkg://danon_lightning.configs", config_name="train")

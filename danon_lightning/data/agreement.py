@@ -46,9 +46,9 @@ def agree(trainer: Trainer | None, identity: dict[str, Any], error: ValueError |
     for rank, result in enumerate(results):
         kind = _OUTCOMES[result[0]]
         if kind is not None:
-            # A mistake that all ranks made needs no rank number.
-            where = "" if len(set(results)) == 1 else f"rank {rank}: "
-            raise kind(where + texts[rank]) from error
+            if error is not None and len(set(results)) == 1:
+                raise error  # a mistake that all ranks made needs no rank number
+            raise kind(f"rank {rank}: {texts[rank]}") from error
     first = json.loads(texts[0])
     for rank, other in enumerate(texts):
         if different := differences(first, json.loads(other)):

@@ -52,7 +52,7 @@ def test_one_rank_failed(monkeypatch: pytest.MonkeyPatch):
 def test_all_ranks_failed_alike(monkeypatch: pytest.MonkeyPatch):
     results = _outcomes_of_ranks(monkeypatch, [ValueError("x" * 5000)] * 2)
     assert [type(error) for error in results] == [ValueError] * 2
-    assert str(results[0]) == str(results[1]) == "x" * 2047
+    assert str(results[0]) == str(results[1]) == "x" * 5000
 
 
 def test_ranks_with_other_data(monkeypatch: pytest.MonkeyPatch):

@@ -1,0 +1,56 @@
+import pytest
+import torch
+from torch import nn
+
+from danon_lightning.models import OptimizerConfig
+from danon_lightning.models.optimization import build_adamw, warmup_cosine
+
+
+def test_only_matrices_outside_embeddings_are_decayed():
+    model = nn.ModuleDict({"e": nn.Embedding(5, 4), "l": nn.Linear(4, 3), "n": nn.LayerNorm(3)})
+    optimizer = build_adamw(model, OptimizerConfig(weight_decay=0.3))
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(decay) == len(list(model.parameters()))
+    assert {name for name, p in model.named_parameters() if decay[id(p)] == 0.3} == {"l.weight"}
+
+
+def test_a_tied_embedding_is_not_decayed():
+    model = nn.ModuleDict({"e": nn.Embedding(5, 4), "head": nn.Linear(4, 5, bias=False)})
+    model["head"].weight = model["e"].weight
+    optimizer = build_adamw(model, OptimizerConfig())
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0]
+
+
+def test_the_learning_rate_rises_and_falls():
+    factor = warmup_cosine(OptimizerConfig(warmup_steps=10, final_learning_rate=0.1), total_steps=110)
+    assert [factor(0), factor(4), factor(9)] == [0.1, 0.5, 1.0]
+    assert factor(10) == 1.0
+    assert factor(60) == pytest.approx(0.55)
+    assert factor(110) == factor(10_000) == pytest.approx(0.1)
+    assert all(factor(step) >= factor(step + 1) for step in range(10, 110))
+
+
+def test_an_endless_run_keeps_its_peak():
+    factor = warmup_cosine(OptimizerConfig(warmup_steps=0), float("inf"))
+    assert factor(0) == factor(1_000_000) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("learning_rate", 0.0), ("weight_decay", -1.0), ("beta2", 1.0), ("warmup_steps", -1), ("final_learning_rate", 2)],
+)
+def test_values_out_of_range_are_named(field, value):
+    with pytest.raises(ValueError, match=field):
+        OptimizerConfig(**{field: value})
+
+
+def test_it_minimises():
+    model = nn.Linear(3, 1)
+    optimizer = build_adamw(model, OptimizerConfig(learning_rate=0.1, weight_decay=0.0))
+    x = torch.randn(64, 3, generator=torch.Generator().manual_seed(0))
+    for _ in range(100):
+        optimizer.zero_grad()
+        loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
+        loss.backward()
+        optimizer.step()
+    assert loss < 1e-2

@@ -1,0 +1,155 @@
+"""The danon-train command, as a user runs it: in processes of its own."""
+
+import csv
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from danon_lightning.train import ALLOWED_TARGETS, check_targets
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """One corpus for the tests of this file."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def danon_train(folder: Path, *overrides: str, timeout: float = 150) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "danon_lightning.train", *overrides],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def losses(folder: Path) -> dict[int, str]:
+    """Training loss by step, to the last digit."""
+    with open(folder / "metrics.csv") as file:
+        return {int(row["step"]): row["train/loss"] for row in csv.DictReader(file) if row["train/loss"]}
+
+
+def test_two_ranks_train_log_and_checkpoint(tmp_path, cache):
+    done = danon_train(tmp_path, "experiment=smoke", f"data.cache_dir={cache}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for said in (
+        "standard library",
+        "1 node × 2 ranks, 2 replicas",
+        "dense, all to all",
+        "MSRALightning",
+        "global batch",
+    ):
+        assert said in done.stdout
+    run = tmp_path / "runs/msra/version_0"
+    assert "tensorboard --logdir runs/msra/version_0" in done.stdout
+    assert (run / "checkpoints/last.ckpt").is_file()
+    assert OmegaConf.load(run / "config.yaml").trainer.max_steps == 6
+    assert {path.name for path in tmp_path.iterdir()} == {"runs"}, "nothing is written beside the run"
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run))
+    events.Reload()
+    tags = events.Tags()
+    assert {"train/loss", "train/bits_per_byte", "val/loss", "val/bits_per_byte"} <= set(tags["scalars"])
+    assert "sample/text_summary" in tags["tensors"]
+    assert [event.step for event in events.Scalars("val/bits_per_byte")] == [2, 5]
+    sample = events.Tensors("sample/text_summary")[-1].tensor_proto.string_val[0]
+    assert sample.startswith(b"    def ")
+
+
+@pytest.mark.parametrize("strategy", ["hybrid", "hybrid_int8"])
+def test_a_resumed_run_repeats_an_uninterrupted_one_to_the_digit(tmp_path, cache, strategy):
+    common = [
+        "experiment=smoke", f"strategy={strategy}", "logger=csv", "callbacks=quiet", f"data.cache_dir={cache}",
+        "callbacks.checkpoint.save_top_k=-1", "model.config.dropout=0.0",
+    ]  # fmt: skip
+    whole = danon_train(tmp_path, *common, "name=whole")
+    assert whole.returncode == 0, whole.stderr
+    [middle] = (tmp_path / "runs/whole/version_0/checkpoints").glob("step3*.ckpt")
+    rest = danon_train(tmp_path, *common, "name=rest", f"ckpt_path='{middle}'")
+    assert rest.returncode == 0, rest.stderr
+    expected = losses(tmp_path / "runs/whole/version_0")
+    assert sorted(expected) == [0, 1, 2, 3, 4, 5]
+    assert losses(tmp_path / "runs/rest/version_0") == {step: expected[step] for step in (3, 4, 5)}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["model=fulll"], "Available options in 'model':\n\tfull\n\tmsra"),
+        (["trainer.devics=2"], "trainer has: accelerator,"),
+        (["modle=msra"], "The config has: allowed_targets, callbacks,"),
+        (["strategy.compression=zip"], "error in strategy: compression='zip' is not known; choose None (dense) or"),
+        (["model.config.num_heads=3"], "error in model: hidden_size=128 must be a multiple of num_heads=3"),
+        (["data.global_batch_size=0"], "error in data: global_batch_size=0"),
+    ],
+)
+def test_a_mistyped_command_says_what_would_have_been_right(tmp_path, overrides, said):
+    done = danon_train(tmp_path, *overrides)
+    assert done.returncode != 0
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["data.global_batch_size=5", "data.val_windows=5"], "global_batch_size=5"),
+        (["data.context_length=50000000", "model.config.max_sequence_length=64"], "the training part has"),
+        (["data=files", "data.path={empty}"], "pattern='**' matches no file"),
+    ],
+)
+def test_data_that_does_not_fit_is_an_error_on_every_rank_and_no_hang(tmp_path, cache, overrides, said):
+    (tmp_path / "empty").mkdir()
+    start = time.monotonic()
+    done = danon_train(
+        tmp_path,
+        "experiment=smoke",
+        f"data.cache_dir={cache}",
+        *(override.format(empty=tmp_path / "empty") for override in overrides),
+    )
+    assert done.returncode != 0
+    for rank in (0, 1):
+        assert any(line.startswith(f"[rank{rank}]: ValueError: {said}") for line in done.stderr.splitlines()), (
+            done.stderr
+        )
+    assert time.monotonic() - start < 60
+
+
+def test_help_explains_itself(tmp_path):
+    done = danon_train(tmp_path, "--help")
+    assert done.returncode == 0
+    for said in ("model: ", "msra", "strategy: ", "hybrid_int8", "danon-train model=full", "torchrun --nnodes=2"):
+        assert said in done.stdout
+
+
+def test_a_users_own_project_composes_with_the_configs(tmp_path, cache):
+    (tmp_path / "conf/experiment").mkdir(parents=True)
+    (tmp_path / "conf/experiment/mine.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - smoke\n  - override /model: full\nname: mine\ntrainer:\n  max_steps: 2\n"
+        "  devices: 1\n  val_check_interval: 2\n"
+    )
+    done = danon_train(tmp_path, "--config-dir", "conf", "experiment=mine", f"data.cache_dir={cache}")
+    assert done.returncode == 0, done.stderr
+    assert "FullAttentionLightning" in done.stdout
+    assert (tmp_path / "runs/mine/version_0/checkpoints/last.ckpt").is_file()
+
+
+def test_configs_may_only_name_what_is_allowed():
+    config = OmegaConf.create(
+        {"a": {"_target_": "danon_lightning.models.MSRALightning"}, "b": [{"_target_": "os.system"}]}
+    )
+    with pytest.raises(ValueError, match=r"_target_=os.system is not among.*allowed_targets=\[os\]"):
+        check_targets(config, ALLOWED_TARGETS)
+    check_targets(config, (*ALLOWED_TARGETS, "os"))
+    with pytest.raises(ValueError, match="_target_=danon_lightning_evil.x"):
+        check_targets(OmegaConf.create({"_target_": "danon_lightning_evil.x"}), ALLOWED_TARGETS)
