@@ -9,6 +9,7 @@ import hydra
 import lightning.pytorch as pl
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from torch.distributed.elastic.multiprocessing.errors import record
 from typing_extensions import override
 
 from danon_lightning.command_line import explained
@@ -101,6 +102,7 @@ def _hydra_main(config: DictConfig) -> float | None:
     return train(config)
 
 
+@record  # torchrun then shows the error of the rank that failed first
 def main() -> None:
     """Entry point of the command."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra would cut the traceback of every error

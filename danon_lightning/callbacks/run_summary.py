@@ -2,6 +2,8 @@
 
 import os
 import shlex
+import shutil
+import sys
 from typing import Protocol, runtime_checkable
 
 import lightning.pytorch as pl
@@ -77,7 +79,7 @@ class RunSummary(pl.Callback):
             rows |= _checkpoints(callback)
         if log_dir:
             rows["logs"] = _path(log_dir)
-            rows["next"] = f"tensorboard --logdir {shlex.quote(_path(log_dir))}"
+            rows["next"] = f"{_tensorboard()} --logdir {shlex.quote(_path(log_dir))}"
         self._print("Finished", rows)
 
     def _print(self, title: str, rows: dict[str, str]) -> None:
@@ -103,6 +105,14 @@ def _checkpoints(callback: Checkpoint) -> dict[str, str]:
     paths = {"best checkpoint": "best_model_path", "last checkpoint": "last_model_path"}
     found = {name: getattr(callback, attribute, "") for name, attribute in paths.items()}
     return {name: _path(path) for name, path in found.items() if path}
+
+
+def _tensorboard() -> str:
+    """How the command is called from here: in full where it lies in an environment that is not activated."""
+    beside_python = os.path.join(os.path.dirname(sys.executable), "tensorboard")
+    if shutil.which("tensorboard") or not os.path.exists(beside_python):
+        return "tensorboard"
+    return shlex.quote(_path(beside_python))
 
 
 def _path(path: str) -> str:
