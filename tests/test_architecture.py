@@ -20,7 +20,8 @@ ALLOWED = {
     "callbacks": set(),
     "configs": set(),
     "models": {"attention"},
-    "train": {"attention", "callbacks", "data", "models", "strategies"},
+    "command_line": set(),
+    "train": {"command_line"},  # the rest is named by the configs
     "__init__": {"strategies"},
 }
 

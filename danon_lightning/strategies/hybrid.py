@@ -1,10 +1,12 @@
 """The strategy: the life cycle of a job. What it is made of lies beside it."""
 
+import atexit
 from datetime import timedelta
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.strategies.registry import _StrategyRegistry
 from lightning.pytorch.plugins.precision import Precision
@@ -84,6 +86,7 @@ class DanonHybridStrategy(DDPStrategy):
         self._compressor = get_compressor(compression)
         self._hierarchical = hierarchical
         self._communicator: GradientCommunicator | None = None
+        self._failed = False
 
     @classmethod
     @override
@@ -134,12 +137,38 @@ class DanonHybridStrategy(DDPStrategy):
         super().setup_environment()
 
     @override
+    def setup_distributed(self) -> None:
+        """Join the default process group, and leave it when the process ends."""
+        joins = not dist.is_initialized()
+        super().setup_distributed()
+        if joins:
+            atexit.register(self._leave)
+
+    def _leave(self) -> None:
+        # Lightning leaves nccl groups only, but gloo's threads abort a process that ends with them running. After an
+        # error there may be operations that the other ranks never complete, and leaving would wait for them.
+        if not self._failed and dist.is_initialized():
+            dist.destroy_process_group()
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        """Remember that other ranks may be waiting."""
+        self._failed = True
+        super().on_exception(exception)
+
+    @override
     def _register_ddp_hooks(self) -> None:
         # Lightning would register hooks on CUDA only; ours serves every device.
         mesh = self.mesh
         if mesh.world_size == 1:
             return
         assert isinstance(self.model, DistributedDataParallel)
+        for name, submodule in self.model.module.named_modules():
+            if getattr(submodule, "sparse", False):
+                raise ValueError(
+                    f"{name} ({type(submodule).__name__}) has sparse=True, but sparse gradients cannot be exchanged: "
+                    "set sparse=False, or train with strategy='ddp'"
+                )
         self._communicator = GradientCommunicator(
             mesh,
             compression=self._compressor,

@@ -206,6 +206,66 @@ def test_bad_arguments_name_the_valid_ones():
         DanonHybridStrategy(comression="int8")
 
 
+def fit_twice():
+    """One Trainer after the other, and one of them twice, in the same processes."""
+    module = PlainModule()
+    trainer = trainer_with("danon_hybrid", ranks=2, max_steps=2)
+    share = loader(4, rank=trainer.global_rank, ranks=2)
+    trainer.fit(module, share, share)
+    trainer.validate(module, share, verbose=False)
+    trainer.fit_loop.epoch_loop.max_steps = 4
+    trainer.fit(module, share, share)
+    again = trainer_with("danon_hybrid", ranks=2, max_steps=2)
+    again.fit(module, share)
+    return trainer.global_step, again.strategy.communication_stats()["steps"], parameters(module)
+
+
+def test_trainers_can_follow_one_another():
+    first, second = run_distributed(fit_twice, 2, timeout=120)
+    assert first[:2] == second[:2] == (4, 2)
+    assert torch.equal(first[2], second[2])
+
+
+def fit_sparse():
+    module = PlainModule()
+    module.table = torch.nn.Embedding(4, 4, sparse=True)
+    with pytest.raises(ValueError, match=r"table \(Embedding\) has sparse=True.*set sparse=False"):
+        trainer_with("danon_hybrid", ranks=2, max_steps=1).fit(module, loader(4))
+
+
+def test_sparse_gradients_are_refused_before_training():
+    run_distributed(fit_sparse, 2)
+
+
+class Manual(PlainModule):
+    """Two optimizers, stepped by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward((self.layers(batch[0]) - batch[1]).square().mean())
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(self.layers[i].parameters(), lr=0.05) for i in (0, 3)]
+
+
+def fit_manual(ranks):
+    module = Manual()
+    trainer = trainer_with("danon_hybrid" if ranks > 1 else "auto", ranks=ranks, max_epochs=1)
+    trainer.fit(module, loader(8 // ranks, rank=trainer.global_rank, ranks=ranks))
+    return parameters(module)
+
+
+def test_manual_optimization_trains_like_one_process():
+    for together in run_distributed(fit_manual, 2, 2, timeout=120):
+        torch.testing.assert_close(together, fit_manual(1), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.cuda
 def test_it_trains_on_cuda():
     module = PlainModule()

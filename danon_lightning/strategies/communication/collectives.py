@@ -59,6 +59,12 @@ class Collective:
         """Parts a message is cut into, one summed by each rank: N = L·M."""
         return self.inner.size * self.outer.size
 
+    def close(self) -> None:
+        """Give up the process groups. Every rank does it, with nothing under way."""
+        for level in (self.inner, self.outer):
+            if level.group is not None and dist.is_initialized():
+                dist.destroy_process_group(level.group)
+
     def capacity(self, itemsize: int) -> int:
         """Elements of a message at most, so that no peer is sent more than 1 MB at a time."""
         first = self.inner.size if self.inner.size > 1 else self.outer.size
@@ -78,18 +84,17 @@ class Collective:
         L, M = self.inner.size, self.outer.size
         # Half-precision gradients are summed and compressed in float32; what is dense on a wire keeps its own type.
         wide = torch.promote_types(values.dtype, torch.float32)
+        share = 1 / (L * M)
         shard = values.view(L, -1)  # [L, n/L]: row l is summed by local rank l
         if L > 1:
             received, work = self.inner.all_to_all(shard, stats)
             yield from _wait(work)
-            shard = _sum_rows(received, wide)
-        shard = shard.reshape(M, -1).to(wide) / (L * M)  # [M, n/N]: row m is summed by node m
-
-        coded = _encode(shard, compressor, values.dtype)  # [M, …]
+            shard, share = _sum_rows(received, wide).mul_(share), 1.0
+        coded = _encode(shard.view(M, -1), compressor, values.dtype)  # [M, …]: row m is summed by node m
         if M > 1:
             received, work = self.outer.all_to_all(coded, stats)
             yield from _wait(work)
-            total = _sum_rows(_decode(received, compressor), wide)  # [n/N]
+            total = _sum_rows(_decode(received, compressor), wide).mul_(share)  # [n/N]
             coded, work = self.outer.all_gather(_encode(total, compressor, values.dtype), stats)
             yield from _wait(work)
         if L > 1:
@@ -106,7 +111,11 @@ def _wait(work: dist.Work) -> Iterator[None]:
 
 
 def _sum_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sum over the first dimension, first row first."""
+    """Sum over the first dimension, first row first.
+
+    Nothing is multiplied on the way: where a kernel fuses that, it does so in the body of a tensor and not at its end,
+    and the result would depend on where in a message an element lies.
+    """
     total = rows[0].to(dtype, copy=True)
     for row in rows[1:]:
         total += row

@@ -64,6 +64,7 @@ class GradientCommunicator:
         self._plans: dict[tuple[int, ...], list[Message]] = {}
         self._in_flight: deque[_Transfer] = deque()
         self.error: RuntimeError | None = None
+        self._closed = False
         self._queue: queue.SimpleQueue[_Bucket | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="gradient-communicator", daemon=True)
         self._thread.start()
@@ -81,11 +82,16 @@ class GradientCommunicator:
         return asdict(self._stats)
 
     def close(self) -> None:
-        """End the thread. Buckets that are still under way are given up; later ones are refused."""
+        """End the thread and give up the process groups. To be called by every rank; a second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
         atexit.unregister(self.close)
         self._queue.put(None)
         # A thread that waits for a dead peer cannot be woken; it is a daemon and must not hold up the exit.
         self._thread.join(timeout=1.0)
+        if not self._thread.is_alive() and self.error is None:
+            self._collective.close()  # after an error gloo would wait for operations that nobody will complete
 
     def _submit(self, bucket: GradBucket) -> Future[Tensor]:
         future: Future[Tensor] = Future(devices=[self._device]) if self._stream else Future()
@@ -131,11 +137,12 @@ class GradientCommunicator:
     def _plan(self, bucket: "_Bucket") -> list[Message]:
         key = tuple(map(id, bucket.parameters))
         if key not in self._plans:
+            compressor = self._compressor if bucket.buffer.is_floating_point() else None  # complex numbers go dense
             self._plans[key] = plan_messages(
                 bucket.parameters,
                 capacity=self._collective.capacity(bucket.buffer.element_size()),
                 shards=self._collective.shards,
-                block_size=self._compressor.block_size if self._compressor else None,
+                block_size=compressor.block_size if compressor else None,
             )
         return self._plans[key]
 
