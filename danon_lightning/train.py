@@ -7,7 +7,7 @@ from typing import Any
 
 import hydra
 import lightning.pytorch as pl
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch.distributed.elastic.multiprocessing.errors import record
 from typing_extensions import override
@@ -15,7 +15,9 @@ from typing_extensions import override
 from danon_lightning.command_line import explained
 
 # A config is data, possibly somebody else's: without this list `_target_` could call anything that is installed.
-ALLOWED_TARGETS = ("danon_lightning", "lightning.pytorch", "torch.optim", "torch.nn", "torchmetrics")
+ALLOWED_PACKAGES = ("danon_lightning", "lightning.pytorch", "torch.optim", "torch.nn", "torchmetrics")
+# Further packages, separated by commas. Not a value of the config, which could then allow itself.
+ALLOW_VARIABLE = "DANON_ALLOWED_PACKAGES"
 
 
 def train(config: DictConfig) -> float | None:
@@ -25,9 +27,9 @@ def train(config: DictConfig) -> float | None:
         The monitored metric of the best checkpoint, for sweeps; None without one.
 
     Raises:
-        ValueError: If a ``_target_`` lies outside :data:`ALLOWED_TARGETS` and ``allowed_targets`` of the config.
+        ValueError: If a ``_target_`` is no class of the allowed packages.
     """
-    check_targets(config, (*ALLOWED_TARGETS, *config.allowed_targets))
+    check_targets(config, (*ALLOWED_PACKAGES, *filter(None, os.environ.get(ALLOW_VARIABLE, "").split(","))))
     pl.seed_everything(config.seed, workers=True, verbose=False)
     datamodule: pl.LightningDataModule = instantiate(config.data)
     module: pl.LightningModule = instantiate(config.model, _convert_="all")
@@ -43,24 +45,35 @@ def train(config: DictConfig) -> float | None:
 
 
 def check_targets(config: Any, allowed: tuple[str, ...]) -> None:
-    """Refuse a config that names classes outside the allowed packages.
+    """Refuse a config that names anything but classes of the allowed packages.
+
+    What counts is where the class was defined: a name that only leads through an allowed package is refused, and so are
+    functions and methods.
 
     Args:
         config: Any node of a config.
-        allowed: Dotted names; what lies below one of them is allowed too.
+        allowed: Names of packages or modules; what lies below one of them is allowed too.
 
     Raises:
         ValueError: Naming the target and how to allow it.
     """
+
+    def is_allowed(name: str) -> bool:
+        return any(name == package or name.startswith(package + ".") for package in allowed)
+
     for target in _targets(config):
-        if not any(target == name or target.startswith(name + ".") for name in allowed):
-            raise ValueError(
-                f"_target_={target} is not among the allowed packages ({', '.join(allowed)}). If you trust it, add its "
-                f"package: allowed_targets=[{target.split('.')[0]}]"
-            )
+        # The name first: finding the object imports its module.
+        if isinstance(target, str) and is_allowed(target):
+            found = get_object(target)
+            if isinstance(found, type) and is_allowed(found.__module__):
+                continue
+        raise ValueError(
+            f"_target_={target} is not a class of the allowed packages ({', '.join(allowed)}). If you trust it, set "
+            f"the environment variable {ALLOW_VARIABLE} to its package"
+        )
 
 
-def _targets(node: Any) -> Iterator[str]:
+def _targets(node: Any) -> Iterator[Any]:
     if OmegaConf.is_dict(node):
         for key in node:
             if OmegaConf.is_missing(node, key):
@@ -105,7 +118,10 @@ def _hydra_main(config: DictConfig) -> float | None:
 @record  # torchrun then shows the error of the rank that failed first
 def main() -> None:
     """Entry point of the command."""
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra would cut the traceback of every error
+    if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        _hydra_main()
+        return
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would cut the traceback of every error
     explained(_hydra_main, config_module="danon_lightning.configs", config_name="train", arguments=sys.argv[1:])
 
 

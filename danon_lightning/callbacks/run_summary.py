@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from rich.table import Table
 from typing_extensions import override
@@ -44,7 +45,7 @@ class RunSummary(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print what is about to happen."""
         self._history.clear()
-        log_dir = trainer.log_dir  # reading it is a collective operation
+        log_dir, steps = _log_dir(trainer), _steps(trainer)  # both are collective operations
         if not trainer.is_global_zero:
             return
         parameters = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
@@ -53,7 +54,7 @@ class RunSummary(pl.Callback):
             if isinstance(part, Describable):
                 rows |= part.describe()
         rows["strategy"] = f"{type(trainer.strategy).__name__} on {trainer.world_size} × {_device(trainer)}"
-        rows["steps"] = _steps(trainer)
+        rows["steps"] = steps
         if trainer.ckpt_path:
             rows["resumes from"] = str(trainer.ckpt_path)
         rows["logs"] = _path(log_dir) if log_dir else "none"
@@ -68,7 +69,7 @@ class RunSummary(pl.Callback):
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print what has happened. In ``on_fit_end`` the last checkpoint has been written."""
-        log_dir = trainer.log_dir
+        log_dir = _log_dir(trainer)
         if not trainer.is_global_zero:
             return
         rows = {"steps": f"{trainer.global_step:,}"}
@@ -79,6 +80,7 @@ class RunSummary(pl.Callback):
             rows |= _checkpoints(callback)
         if log_dir:
             rows["logs"] = _path(log_dir)
+        if log_dir and any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
             rows["next"] = f"{_tensorboard()} --logdir {shlex.quote(_path(log_dir))}"
         self._print("Finished", rows)
 
@@ -89,6 +91,11 @@ class RunSummary(pl.Callback):
         for key, value in rows.items():
             table.add_row(key, value)
         self._console.print(table)
+
+
+def _log_dir(trainer: pl.Trainer) -> str | None:
+    log_dir = trainer.log_dir
+    return log_dir if trainer.loggers else None  # without a logger it is the folder of checkpoints
 
 
 def _device(trainer: pl.Trainer) -> str:
@@ -117,5 +124,7 @@ def _tensorboard() -> str:
 
 def _path(path: str) -> str:
     """As one would type it here: relative where that is shorter."""
+    if "://" in path:
+        return path
     relative = os.path.relpath(path)
     return relative if len(relative) < len(path) and not relative.startswith("..") else path

@@ -3,6 +3,7 @@
 from typing import Any, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 
@@ -20,7 +21,7 @@ class TextGenerator(Protocol):
 class TextSampler(pl.Callback):
     """Logs a sample of generated text after each validation, as text in every logger that takes text.
 
-    Only rank 0 generates, without any communication. The sample has a random state of its own, so that training is the
+    Only rank 0 generates, without any communication. If that fails it warns, and training goes on. The sample has a random state of its own, so that training is the
     same with and without it.
 
     Keys logged:
@@ -48,8 +49,14 @@ class TextSampler(pl.Callback):
         seed: int = 0,
     ) -> None:
         """See the class."""
+        if not prompt:
+            raise ValueError("prompt='' is empty: give the model at least one byte to continue")
         if max_new_bytes < 1:
             raise ValueError(f"max_new_bytes={max_new_bytes} must be at least 1")
+        if temperature < 0:
+            raise ValueError(f"temperature={temperature} must not be negative; 0 takes the most probable byte")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k={top_k} must be at least 1, or None to draw among all bytes")
         self.prompt = prompt
         self.max_new_bytes = max_new_bytes
         self.temperature = temperature
@@ -75,13 +82,18 @@ class TextSampler(pl.Callback):
         if not writers:
             return
         assert isinstance(pl_module, TextGenerator)
-        text = pl_module.generate_text(
-            self.prompt,
-            max_new_bytes=self.max_new_bytes,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            seed=self.seed,
-        )
+        try:
+            text = pl_module.generate_text(
+                self.prompt,
+                max_new_bytes=self.max_new_bytes,
+                temperature=self.temperature,
+                top_k=self.top_k,
+                seed=self.seed,
+            )
+        except (ValueError, RuntimeError) as error:
+            # A text too long for the model, or a model that has diverged: no reason to end the training.
+            rank_zero_warn(f"TextSampler has no sample of step {trainer.global_step}: {error}")
+            return
         # Markdown: four spaces in front of each line keep it as it is, whatever fences the text itself contains.
         block = "\n".join("    " + line for line in text.splitlines())
         for writer in writers:

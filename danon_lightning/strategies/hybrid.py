@@ -2,7 +2,7 @@
 
 import atexit
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -11,7 +11,8 @@ from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.strategies.registry import _StrategyRegistry
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
-from torch import Tensor
+from lightning.pytorch.utilities.exceptions import _augment_message
+from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
@@ -41,6 +42,7 @@ class DanonHybridStrategy(DDPStrategy):
         checkpoint_io: How checkpoints are written.
         precision_plugin: Numerical precision.
         process_group_backend: Backend of the default process group; None for nccl on CUDA and gloo on the CPU.
+            Gradients have groups of their own, always nccl on CUDA and gloo on the CPU.
         timeout: How long a collective operation may take before the job is given up.
 
     Raises:
@@ -49,6 +51,7 @@ class DanonHybridStrategy(DDPStrategy):
     """
 
     strategy_name = "danon_hybrid"
+    _has_failed: ClassVar[bool] = False  # in this process, whichever Trainer it was
 
     def __init__(
         self,
@@ -86,7 +89,6 @@ class DanonHybridStrategy(DDPStrategy):
         self._compressor = get_compressor(compression)
         self._hierarchical = hierarchical
         self._communicator: GradientCommunicator | None = None
-        self._failed = False
 
     @classmethod
     @override
@@ -133,7 +135,7 @@ class DanonHybridStrategy(DDPStrategy):
     @override
     def setup_environment(self) -> None:
         """Join the other ranks, once the layout is known to be sound."""
-        _ = self.mesh
+        uses_two_levels(self.mesh, self._hierarchical)
         super().setup_environment()
 
     @override
@@ -142,19 +144,21 @@ class DanonHybridStrategy(DDPStrategy):
         joins = not dist.is_initialized()
         super().setup_distributed()
         if joins:
-            atexit.register(self._leave)
-
-    def _leave(self) -> None:
-        # Lightning leaves nccl groups only, but gloo's threads abort a process that ends with them running. After an
-        # error there may be operations that the other ranks never complete, and leaving would wait for them.
-        if not self._failed and dist.is_initialized():
-            dist.destroy_process_group()
+            # Lightning leaves nccl groups only, but gloo's threads abort a process that ends with them running.
+            atexit.register(_leave_process_group)
 
     @override
     def on_exception(self, exception: BaseException) -> None:
-        """Remember that other ranks may be waiting."""
-        self._failed = True
-        super().on_exception(exception)
+        """Remember that other ranks may be waiting, and say what to do about unused parameters."""
+        DanonHybridStrategy._has_failed = True
+        _augment_message(
+            exception,
+            pattern=".*Expected to have finished reduction in the prior iteration.*",
+            new_message=(
+                "Some parameters took no part in the loss that training_step returned. If that is intended, use "
+                "strategy=DanonHybridStrategy(find_unused_parameters=True)."
+            ),
+        )
 
     @override
     def _register_ddp_hooks(self) -> None:
@@ -163,8 +167,9 @@ class DanonHybridStrategy(DDPStrategy):
         if mesh.world_size == 1:
             return
         assert isinstance(self.model, DistributedDataParallel)
+        self._pl_static_graph_delay_done = False  # Lightning sets it once for all fits, but each has a new DDP
         for name, submodule in self.model.module.named_modules():
-            if getattr(submodule, "sparse", False):
+            if isinstance(submodule, (nn.Embedding, nn.EmbeddingBag)) and submodule.sparse:
                 raise ValueError(
                     f"{name} ({type(submodule).__name__}) has sparse=True, but sparse gradients cannot be exchanged: "
                     "set sparse=False, or train with strategy='ddp'"
@@ -189,12 +194,18 @@ class DanonHybridStrategy(DDPStrategy):
             return super().backward(*args, **kwargs)
         except RuntimeError:
             if self._communicator is not None and self._communicator.error is not None:
-                raise self._communicator.error from None
+                raise self._communicator.error from self._communicator.error.__cause__
             raise
 
     @override
     def teardown(self) -> None:
         """Stop the exchange and unwrap the model."""
         if self._communicator is not None:
-            self._communicator.close()
+            self._communicator.close(failed=self._has_failed)
         super().teardown()
+
+
+def _leave_process_group() -> None:
+    # After an error there may be operations that other ranks never complete, and leaving would wait for them.
+    if dist.is_initialized() and not DanonHybridStrategy._has_failed:
+        dist.destroy_process_group()

@@ -202,6 +202,42 @@ def test_gradient_accumulation_exchanges_once_and_unused_parameters_are_no_obsta
     run_distributed(check_accumulation_and_unused_parameters, 2)
 
 
+def check_complex_and_empty_parameters(compression):
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.randn(80, 80, dtype=torch.complex64))
+    model.empty = nn.Parameter(torch.empty(0, dtype=torch.float64))
+    model.forward = lambda x: (model.weight @ x).abs().square().mean() + model.empty.sum()
+    ddp = DDP(model)
+    communicator_for(ddp, 1, compression=compression)
+    x = torch.randn(80, generator=torch.Generator().manual_seed(dist.get_rank())).to(torch.complex64)
+    with ddp.no_sync():
+        ddp(x).backward()
+    mean = on_all_ranks(torch.view_as_real(model.weight.grad).clone()).mean(dim=0)
+    ddp.zero_grad()
+    ddp(x).backward()
+    torch.testing.assert_close(torch.view_as_real(model.weight.grad), mean)
+
+
+@pytest.mark.parametrize("compression", [None, "int8"])
+def test_complex_parameters_go_dense_and_empty_ones_are_no_obstacle(compression):
+    run_distributed(check_complex_and_empty_parameters, 2, compression)
+
+
+def use_after_closing():
+    ddp = build()
+    communicator = communicator_for(ddp, 1)
+    backward(ddp, 0)
+    communicator.close()
+    communicator.close()
+    with pytest.raises(RuntimeError, match="the gradient communicator is closed"):
+        backward(ddp, 1)
+
+
+def test_a_closed_communicator_refuses_and_does_not_hang():
+    run_distributed(use_after_closing, 2)
+
+
 def die_in_mid_run():
     ddp = build()
     communicator_for(ddp, 1)
@@ -235,3 +271,23 @@ def refuse_two_levels():
 
 def test_two_levels_need_two_levels():
     run_distributed(refuse_two_levels, 2)
+
+
+def check_on_cuda(compression):
+    torch.manual_seed(0)
+    ddp = DDP(nn.Linear(300, 300).cuda(), device_ids=[0])
+    communicator = GradientCommunicator(Mesh(1, 1, 0), compression=compression, device="cuda:0")
+    ddp.register_comm_hook(communicator, communicator.hook)
+    x = torch.randn(64, 300, device="cuda")
+    for _ in range(3):
+        ddp.zero_grad()
+        ddp(x).square().mean().backward()
+    (expected,) = torch.autograd.grad(ddp.module(x).square().mean(), [ddp.module.weight])
+    tolerance = 1e-6 if compression is None else expected.abs().max() / 254 * 1.01
+    assert (ddp.module.weight.grad - expected).abs().max() <= tolerance
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("compression", [None, "int8"])
+def test_the_exchange_runs_on_a_stream_of_its_own(compression):
+    run_distributed(check_on_cuda, 1, compression)

@@ -1,6 +1,7 @@
 """The strategy inside a Trainer. Bodies run on each rank; Lightning finds its place in the environment variables."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -54,7 +55,7 @@ def fit(strategy, ranks, nodes, dtype, module_options=None, **options):
     ("nodes", "ranks", "dtype", "tolerance", "options"),
     [
         (1, 2, "float32", 1e-5, {}),
-        (1, 2, "float64", 1e-10, {"gradient_clip_val": 0.1, "accumulate_grad_batches": 1}),
+        (1, 2, "float64", 1e-10, {"gradient_clip_val": 0.1, "accumulate_grad_batches": 2}),
         (2, 2, "float32", 1e-5, {"gradient_clip_val": 0.1}),
     ],
 )
@@ -237,6 +238,62 @@ def test_sparse_gradients_are_refused_before_training():
     run_distributed(fit_sparse, 2)
 
 
+def fit_static_twice():
+    """Lightning flushes the first step of a static graph by hand; every fit has a first step."""
+    module = Manual()
+    strategy = DanonHybridStrategy(static_graph=True)
+    trainer = trainer_with(strategy, ranks=2, max_epochs=1)
+    for epochs in (1, 2):
+        trainer.fit_loop.max_epochs = epochs
+        trainer.fit(module, loader(4, rank=trainer.global_rank, ranks=2))
+    return strategy.communication_stats()["steps"], parameters(module)
+
+
+def test_a_static_graph_is_exchanged_in_every_fit():
+    (steps, first), (_, second) = run_distributed(fit_static_twice, 2, timeout=120)
+    assert steps > 0
+    assert torch.equal(first, second)
+
+
+def fit_unused():
+    module = PlainModule()
+    module.unused = torch.nn.Linear(2, 2)
+    share = loader(4, rank=int(os.environ["RANK"]), ranks=2)
+    with pytest.raises(RuntimeError, match=r"strategy=DanonHybridStrategy\(find_unused_parameters=True\)"):
+        trainer_with("danon_hybrid", ranks=2, max_steps=3).fit(module, share)
+
+
+def fit_unused_allowed():
+    module = PlainModule()
+    module.unused = torch.nn.Linear(2, 2)
+    trainer = trainer_with(DanonHybridStrategy(find_unused_parameters=True), ranks=2, max_steps=3)
+    trainer.fit(module, loader(4, rank=trainer.global_rank, ranks=2))
+    return parameters(module)
+
+
+def test_unused_parameters_are_an_error_with_the_remedy_or_allowed():
+    run_distributed(fit_unused, 2)
+    first, second = run_distributed(fit_unused_allowed, 2)
+    assert torch.equal(first, second)
+
+
+def threads_in_training():
+    seen = [torch.get_num_threads()]
+
+    class Watching(PlainModule):
+        def training_step(self, batch, batch_idx):
+            seen.append(torch.get_num_threads())
+            return super().training_step(batch, batch_idx)
+
+    trainer_with("danon_hybrid", ranks=2, max_steps=2).fit(Watching(), loader(4))
+    return seen
+
+
+def test_training_keeps_its_threads():
+    for before, *during in run_distributed(threads_in_training, 2, env={"OMP_NUM_THREADS": "2"}):
+        assert during == [before, before]
+
+
 class Manual(PlainModule):
     """Two optimizers, stepped by hand."""
 
@@ -266,11 +323,26 @@ def test_manual_optimization_trains_like_one_process():
         torch.testing.assert_close(together, fit_manual(1), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.cuda
-def test_it_trains_on_cuda():
+def fit_on_cuda(compression):
     module = PlainModule()
     trainer = pl.Trainer(
-        strategy=DanonHybridStrategy(compression="int8"), accelerator="gpu", devices=1, max_steps=2, logger=False
+        strategy=DanonHybridStrategy(compression=compression),
+        accelerator="gpu",
+        devices=2,
+        max_steps=5,
+        logger=False,
+        enable_checkpointing=False,
+        use_distributed_sampler=False,
     )
-    trainer.fit(module, loader(4))
-    assert torch.isfinite(parameters(module)).all()
+    trainer.fit(module, loader(4, rank=trainer.global_rank, ranks=2))
+    return parameters(module).cpu()
+
+
+@pytest.mark.cuda
+def test_two_gpus_train_like_one_process():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    for together in run_distributed(fit_on_cuda, 2, None, timeout=200):
+        torch.testing.assert_close(together, fit("auto", 1, 1, "float32"), rtol=1e-4, atol=1e-4)
+    first, second = run_distributed(fit_on_cuda, 2, "int8", timeout=200)
+    assert torch.equal(first, second)

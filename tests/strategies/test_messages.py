@@ -64,6 +64,14 @@ def test_blocks_follow_the_parameter_wherever_it_lies_in_the_bucket():
     assert all(blocks([p])[id(p)] == reference[id(p)] for p in PARAMETERS)
 
 
+@pytest.mark.parametrize(("shards", "block_size"), [(3, 256), (4, 20), (6, 100)])
+def test_any_block_size_and_number_of_ranks_leaves_blocks_whole(shards, block_size):
+    big = torch.empty(300, 301)
+    for message in plan_messages([big], capacity=CAPACITY, shards=shards, block_size=block_size):
+        assert message.numel % (shards * block_size) == 0
+        assert all(piece.bucket_offset % block_size == 0 for piece in message.pieces)
+
+
 def test_a_message_in_one_piece_is_not_copied():
     bucket = torch.zeros(SHARDS * 100)
     (message,) = plan([torch.empty(SHARDS * 100)], block_size=None)

@@ -61,13 +61,12 @@ class GradientCommunicator:
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         backend = "nccl" if self._stream else "gloo"
         self._collective = build_collective(mesh, hierarchical, backend=backend, timeout=timeout)
-        self._plans: dict[tuple[int, ...], list[Message]] = {}
+        self._plans: dict[tuple[tuple[torch.Size, torch.dtype], ...], list[Message]] = {}
         self._in_flight: deque[_Transfer] = deque()
         self.error: RuntimeError | None = None
         self._closed = False
         self._queue: queue.SimpleQueue[_Bucket | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="gradient-communicator", daemon=True)
-        self._thread.start()
+        self._start()
         # A thread that is caught inside torch while the interpreter shuts down aborts the process.
         atexit.register(self.close)
 
@@ -81,8 +80,13 @@ class GradientCommunicator:
         """The fields of :class:`CommunicationStats`: what this rank has sent since the start."""
         return asdict(self._stats)
 
-    def close(self) -> None:
-        """End the thread and give up the process groups. To be called by every rank; a second call does nothing."""
+    def close(self, *, failed: bool = False) -> None:
+        """End the thread and give up the process groups; a second call does nothing.
+
+        Args:
+            failed: Set it if other ranks may not come to this point. The groups are then left as they are: giving them
+                up would wait for operations that nobody completes.
+        """
         if self._closed:
             return
         self._closed = True
@@ -90,18 +94,37 @@ class GradientCommunicator:
         self._queue.put(None)
         # A thread that waits for a dead peer cannot be woken; it is a daemon and must not hold up the exit.
         self._thread.join(timeout=1.0)
-        if not self._thread.is_alive() and self.error is None:
-            self._collective.close()  # after an error gloo would wait for operations that nobody will complete
+        if not (failed or self.error or self._thread.is_alive()):
+            self._collective.close()
+        del self._collective
+
+    def _start(self) -> None:
+        """Start the thread, which shall compute with one core and leave the others to the backward pass."""
+        threads, ready = torch.get_num_threads(), threading.Event()
+
+        def run() -> None:
+            # Both calls are needed: the first one sets up this thread, with as many threads as the process has.
+            torch.get_num_threads()
+            torch.set_num_threads(1)
+            ready.set()
+            self._run()
+
+        self._thread = threading.Thread(target=run, name="gradient-communicator", daemon=True)
+        self._thread.start()
+        ready.wait()
+        torch.set_num_threads(threads)  # the thread has set it for the process too
 
     def _submit(self, bucket: GradBucket) -> Future[Tensor]:
+        if self._closed:
+            raise RuntimeError("the gradient communicator is closed: make another one, on a new DistributedDataParallel")
+        if bucket.buffer().is_sparse:
+            raise ValueError("sparse gradients cannot be exchanged: set sparse=False on the embedding")
         future: Future[Tensor] = Future(devices=[self._device]) if self._stream else Future()
         ready = torch.cuda.current_stream(self._device).record_event() if self._stream else None
         self._queue.put(_Bucket(bucket.buffer(), bucket.parameters(), bucket.is_last(), future, ready))
         return future
 
     def _run(self) -> None:
-        if self._stream is None:
-            torch.set_num_threads(1)  # the other cores belong to the backward pass
         with self._on_stream():
             while (bucket := self._queue.get()) is not None:
                 try:
@@ -121,6 +144,8 @@ class GradientCommunicator:
         self._stats.dense_bytes += bucket.buffer.nbytes
         messages = self._plan(bucket)
         bucket.unfinished = len(messages)
+        if not messages:  # empty parameters
+            bucket.future.set_result(bucket.buffer)
         for message in messages:
             steps = self._collective.mean(
                 message.load(bucket.buffer), self._compressor if message.compressed else None, self._stats
@@ -135,14 +160,13 @@ class GradientCommunicator:
                 self._advance()
 
     def _plan(self, bucket: "_Bucket") -> list[Message]:
-        key = tuple(map(id, bucket.parameters))
+        key = tuple((parameter.shape, parameter.dtype) for parameter in bucket.parameters)
         if key not in self._plans:
-            compressor = self._compressor if bucket.buffer.is_floating_point() else None  # complex numbers go dense
             self._plans[key] = plan_messages(
                 bucket.parameters,
                 capacity=self._collective.capacity(bucket.buffer.element_size()),
                 shards=self._collective.shards,
-                block_size=compressor.block_size if compressor else None,
+                block_size=self._compressor.block_size if self._compressor else None,
             )
         return self._plans[key]
 

@@ -47,7 +47,7 @@ def plan_messages(parameters: Sequence[Tensor], *, capacity: int, shards: int, b
 
     Args:
         parameters: The bucket's parameters in the order in which their gradients lie in its buffer.
-        capacity: Elements of a message at most, a multiple of ``shards`` and of ``block_size``.
+        capacity: Elements of a message at most; rounded down to what can be shared out evenly in whole blocks.
         shards: Each message is padded to a multiple of this, so that every rank sums an equal part.
         block_size: Elements of a compressor's block, or None if all is dense. A parameter's blocks start at its first
             element and its last block is padded, so their content is independent of the bucket.
@@ -55,23 +55,25 @@ def plan_messages(parameters: Sequence[Tensor], *, capacity: int, shards: int, b
     Returns:
         The compressed messages, then the dense ones.
     """
-    compressed, dense = _Packer(capacity, block_size or 1), _Packer(capacity, 1)
+    compressed, dense = _Packer(capacity, shards, block_size or 1), _Packer(capacity, shards, 1)
     offset = 0
     for parameter in parameters:
-        numel = parameter.numel()
-        big = block_size is not None and parameter.dim() > 1 and numel >= SMALLEST_COMPRESSED
-        (compressed if big else dense).add(offset, numel)
+        # A bucket holds complex numbers as pairs of real ones, which have no blocks of their own.
+        numel = parameter.numel() * (2 if parameter.is_complex() else 1)
+        big = parameter.dim() > 1 and numel >= SMALLEST_COMPRESSED and not parameter.is_complex()
+        (compressed if big and block_size is not None else dense).add(offset, numel)
         offset += numel
-    return compressed.messages(shards, compressed=True) + dense.messages(shards, compressed=False)
+    return compressed.messages(compressed=True) + dense.messages(compressed=False)
 
 
 class _Packer:
     """Fills messages of bounded size, each piece beginning at a multiple of ``align``."""
 
-    def __init__(self, capacity: int, align: int) -> None:
-        self._capacity, self._align = capacity, align
+    def __init__(self, capacity: int, shards: int, align: int) -> None:
+        self._unit, self._align = shards * align, align
+        self._capacity = max(1, capacity // self._unit) * self._unit
         self._packed: list[list[Piece]] = []
-        self._filled = capacity
+        self._filled = self._capacity
 
     def add(self, bucket_offset: int, numel: int) -> None:
         while numel:
@@ -88,11 +90,11 @@ class _Packer:
             self._filled += _round_up(take, self._align)
             bucket_offset, numel = bucket_offset + take, numel - take
 
-    def messages(self, shards: int, *, compressed: bool) -> list[Message]:
+    def messages(self, *, compressed: bool) -> list[Message]:
         out = []
         for pieces in self._packed:
             end = pieces[-1].message_offset + pieces[-1].numel
-            out.append(Message(tuple(pieces), _round_up(end, shards * self._align), compressed))
+            out.append(Message(tuple(pieces), _round_up(end, self._unit), compressed))
         return out
 
 

@@ -8,7 +8,7 @@ class CommunicationStats:
     """Counts of one rank since the start of training. Bytes are payload, without the transport's headers.
 
     Attributes:
-        steps: Exchanges that have been completed, one for each synchronised backward pass.
+        steps: Exchanges, one for each synchronised backward pass.
         intra_node_bytes: Bytes sent to ranks of the same node.
         inter_node_bytes: Bytes sent to ranks of other nodes.
         dense_bytes: Bytes of the gradients themselves, uncompressed, as they came.
