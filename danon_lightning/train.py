@@ -29,7 +29,8 @@ def train(config: DictConfig) -> float | None:
     Raises:
         ValueError: If a ``_target_`` is no class of the allowed packages.
     """
-    check_targets(config, (*ALLOWED_PACKAGES, *filter(None, os.environ.get(ALLOW_VARIABLE, "").split(","))))
+    plain = OmegaConf.to_container(config, resolve=True)
+    check_targets(plain, (*ALLOWED_PACKAGES, *filter(None, os.environ.get(ALLOW_VARIABLE, "").split(","))))
     pl.seed_everything(config.seed, workers=True, verbose=False)
     datamodule: pl.LightningDataModule = instantiate(config.data)
     module: pl.LightningModule = instantiate(config.model, _convert_="all")
@@ -51,7 +52,7 @@ def check_targets(config: Any, allowed: tuple[str, ...]) -> None:
     functions and methods.
 
     Args:
-        config: Any node of a config.
+        config: A config as plain dicts and lists, interpolations resolved.
         allowed: Names of packages or modules; what lies below one of them is allowed too.
 
     Raises:
@@ -74,17 +75,15 @@ def check_targets(config: Any, allowed: tuple[str, ...]) -> None:
 
 
 def _targets(node: Any) -> Iterator[Any]:
-    if OmegaConf.is_dict(node):
-        for key in node:
-            if OmegaConf.is_missing(node, key):
-                continue
+    if isinstance(node, dict):
+        for key, value in node.items():
             if key == "_target_":
-                yield node[key]
+                yield value
             else:
-                yield from _targets(node[key])
-    elif OmegaConf.is_list(node):
-        for child in node:
-            yield from _targets(child)
+                yield from _targets(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _targets(value)
 
 
 def _callbacks(configs: DictConfig) -> list[pl.Callback]:
