@@ -82,9 +82,9 @@ def test_dense_exchange_of_half_precision_gradients():
     run_distributed(check_dense_mean, 4, 2, torch.bfloat16, 1e-2, ranks_per_node=2)
 
 
-def check_int8_bound(nodes, hierarchical):
+def check_quantized_bound(nodes, hierarchical, name, block, levels):
     ddp = build()
-    communicator = communicator_for(ddp, nodes, compression="int8", hierarchical=hierarchical)
+    communicator = communicator_for(ddp, nodes, compression=name, hierarchical=hierarchical)
     for step in range(3):
         local = on_all_ranks(local_gradients(ddp, step)).double()
         backward(ddp, step)
@@ -99,9 +99,10 @@ def check_int8_bound(nodes, hierarchical):
             if parameter.dim() < 2 or parameter.numel() < 4096:
                 assert error.max() <= 1e-6 * groups.abs().max()
                 continue
-            blocks = torch.nn.functional.pad(groups[:, mine], (0, -parameter.numel() % 256)).view(len(groups), -1, 256)
+            blocks = torch.nn.functional.pad(groups[:, mine], (0, -parameter.numel() % block)).view(len(groups), -1, block)
             largest = blocks.abs().amax(dim=2).sum(dim=0)  # Σ_m max|x_m|
-            bound = (2 + 1 / 254) * largest.repeat_interleave(256)[: parameter.numel()] / 254
+            steps = 2 * levels
+            bound = (2 + 1 / steps) * largest.repeat_interleave(block)[: parameter.numel()] / steps
             assert (error <= bound * (1 + 1e-5)).all()
             differ |= bool(error.max() > 1e-3 * groups.abs().max())
         assert differ, "nothing was compressed"
@@ -111,10 +112,37 @@ def check_int8_bound(nodes, hierarchical):
 
 
 @pytest.mark.parametrize(
-    ("nodes", "ranks", "hierarchical"), [(1, 2, "auto"), (1, 3, "auto"), (2, 2, "auto"), (2, 2, False)]
+    ("nodes", "ranks", "hierarchical", "name", "block", "levels"),
+    [
+        (1, 2, "auto", "int8", 256, 127),
+        (1, 3, "auto", "int8", 256, 127),
+        (2, 2, "auto", "int8", 256, 127),
+        (2, 2, False, "int8", 256, 127),
+        (2, 2, "auto", "int4", 64, 7),
+    ],
 )
-def test_int8_stays_within_its_bound_and_ranks_stay_identical(nodes, ranks, hierarchical):
-    run_distributed(check_int8_bound, nodes * ranks, nodes, hierarchical, ranks_per_node=ranks)
+def test_quantized_exchange_stays_within_its_bound_and_ranks_stay_identical(
+    nodes, ranks, hierarchical, name, block, levels
+):
+    arguments = nodes, hierarchical, name, block, levels
+    run_distributed(check_quantized_bound, nodes * ranks, *arguments, ranks_per_node=ranks)
+
+
+def check_cast():
+    for name, relative in (("fp16", 2.0**-11), ("bf16", 2.0**-8)):
+        ddp = build()
+        communicator_for(ddp, 1, compression=name)
+        local = on_all_ranks(local_gradients(ddp, 0)).double()
+        backward(ddp, 0)
+        assert identical_everywhere(gradients(ddp))
+        error = (gradients(ddp).double() - local.mean(dim=0)).abs()
+        # Each contribution is rounded once, and their sum once more.
+        assert (error <= relative * (2 + relative) * local.abs().mean(dim=0) * (1 + 1e-3) + 1e-7).all()
+        assert error.max() > 0
+
+
+def test_casts_stay_within_their_bound_and_ranks_stay_identical():
+    run_distributed(check_cast, 3)
 
 
 def sent_bytes(nodes, compression, hierarchical):
@@ -130,7 +158,9 @@ def sent_bytes(nodes, compression, hierarchical):
     [
         (None, False, 8 * (4 - 1) / 4),
         (None, True, 8 * (2 - 1) / 2),
+        ("fp16", True, 4 * (2 - 1) / 2),
         ("int8", True, 2 * (1 + 4 / 256) * (2 - 1) / 2),
+        ("int4", True, (1 + 8 / 64) * (2 - 1) / 2),
     ],
 )
 def test_bytes_between_nodes_follow_the_formula(compression, hierarchical, egress):

@@ -199,7 +199,7 @@ def test_importing_the_package_registers_the_strategy():
 
 
 def test_bad_arguments_name_the_valid_ones():
-    with pytest.raises(ValueError, match="compression='zip'.*one of: 'int8'"):
+    with pytest.raises(ValueError, match="compression='zip'.*one of: 'bf16', 'fp16', 'int4', 'int8'"):
         DanonHybridStrategy(compression="zip")
     with pytest.raises(ValueError, match="hierarchical='always' must be True, False or 'auto'"):
         DanonHybridStrategy(hierarchical="always")

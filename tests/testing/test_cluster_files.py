@@ -139,7 +139,9 @@ def test_torchrun_script_between_emulated_hosts(emulated_hosts, tmp_path):
         "dist.init_process_group('gloo')\n"
         "tensor = torch.ones(())\n"
         "dist.all_reduce(tensor)\n"
-        "print(tensor.item(), os.environ['GROUP_RANK'], os.environ['GLOO_SOCKET_IFNAME'], sys.argv[1:], flush=True)\n"
+        "node, interface = os.environ['GROUP_RANK'], os.environ['GLOO_SOCKET_IFNAME']\n"
+        # In one piece: torchrun's workers are unbuffered, and the parts of a print mix with those of other ranks.
+        "sys.stdout.write(f'{tensor.item()} {node} {interface} {sys.argv[1:]}\\n')\n"
         "dist.destroy_process_group()\n"
     )
     hosts = emulated_hosts(2)

@@ -14,13 +14,15 @@ _PYTHON = [sys.executable, "-I", "-S"]
 
 _ALL_REDUCE = """
 import os
+import sys
 import torch
 import torch.distributed as dist
 
 dist.init_process_group("gloo")
 tensor = torch.tensor(float(dist.get_rank()))
 dist.all_reduce(tensor)
-print("sum", tensor.item(), "of", dist.get_world_size(), "in node", os.environ["GROUP_RANK"], flush=True)
+# In one piece: torchrun's workers are unbuffered, and the parts of a print mix with those of other ranks.
+sys.stdout.write(f"sum {tensor.item()} of {dist.get_world_size()} in node {os.environ['GROUP_RANK']}\\n")
 dist.destroy_process_group()
 """
 

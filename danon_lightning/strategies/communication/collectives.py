@@ -5,7 +5,7 @@ values; the *outer* level (equal local ranks of all nodes: slow links) moves wha
 collective is the case L = 1: all ranks are outer.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
@@ -26,25 +26,55 @@ _LARGEST_MESSAGE_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Level:
-    """One private process group of the exchange, and how many of this rank's peers in it sit on other nodes."""
+    """One private process group of the exchange.
 
-    group: dist.ProcessGroup | None
-    size: int
-    local_peers: int
+    nccl has the operations below. gloo has them too, but copies every message once or twice more; there, each pair of
+    ranks exchanges its part straight from and into the tensors given.
+
+    Attributes:
+        ranks: Global ranks of the group, in order.
+        index: Place of this rank among them.
+        remote_peers: How many of the others sit on other nodes.
+        group: The process group; None for a group of one, which exchanges nothing.
+    """
+
+    ranks: list[int]
+    index: int
     remote_peers: int
+    group: dist.ProcessGroup | None
 
-    def all_to_all(self, chunks: Tensor, stats: CommunicationStats) -> tuple[Tensor, dist.Work]:
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return len(self.ranks)
+
+    def all_to_all(self, chunks: Tensor, stats: CommunicationStats) -> tuple[Tensor, list[dist.Work]]:
         """Start sending row i of ``chunks [size, …]`` to peer i; row i of the result comes from peer i."""
+        self._count(chunks[0], stats)
         received = torch.empty_like(chunks)
-        stats.count(chunks[0].nbytes * self.local_peers, chunks[0].nbytes * self.remote_peers)
-        return received, dist.all_to_all_single(received, chunks, group=self.group, async_op=True)
+        if chunks.is_cuda:
+            return received, [dist.all_to_all_single(received, chunks, group=self.group, async_op=True)]
+        received[self.index] = chunks[self.index]
+        return received, self._exchange(lambda peer: chunks[peer], received)
 
-    def all_gather(self, chunk: Tensor, stats: CommunicationStats) -> tuple[Tensor, dist.Work]:
-        """Start collecting every peer's ``chunk`` as ``[size, …]``."""
-        gathered = chunk.new_empty(self.size, *chunk.shape)
-        stats.count(chunk.nbytes * self.local_peers, chunk.nbytes * self.remote_peers)
-        # The form for one tensor goes by different names in the supported versions of torch; this one is common to all.
-        return gathered, dist.all_gather(list(gathered), chunk.contiguous(), group=self.group, async_op=True)
+    def all_gather(self, chunk: Tensor, out: Tensor, stats: CommunicationStats) -> list[dist.Work]:
+        """Start collecting every peer's ``chunk`` in ``out [size, …]``."""
+        self._count(chunk, stats)
+        out[self.index] = chunk
+        if out.is_cuda:
+            # The form for one tensor goes by different names in the supported versions of torch.
+            return [dist.all_gather(list(out), out[self.index].clone(), group=self.group, async_op=True)]
+        return self._exchange(lambda peer: out[self.index], out)
+
+    def _exchange(self, outgoing: Callable[[int], Tensor], incoming: Tensor) -> list[dist.Work]:
+        peers = [(self.index + step) % self.size for step in range(1, self.size)]  # not everybody to the first at once
+        works = [dist.irecv(incoming[peer], self.ranks[peer], group=self.group) for peer in peers]
+        works += [dist.isend(outgoing(peer), self.ranks[peer], group=self.group) for peer in peers]
+        return [work for work in works if work is not None]
+
+    def _count(self, chunk: Tensor, stats: CommunicationStats) -> None:
+        local_peers = self.size - 1 - self.remote_peers
+        stats.count(chunk.nbytes * local_peers, chunk.nbytes * self.remote_peers)
 
 
 @dataclass(frozen=True)
@@ -75,6 +105,8 @@ class Collective:
     ) -> Iterator[Tensor | None]:
         """Average ``values [n]`` over all ranks, n a multiple of ``shards`` (times the compressor's block size).
 
+        Dense values are overwritten on the way.
+
         A generator, so that several messages can be under way at once: it yields None wherever it would wait for the
         network, a fixed number of times, and at last the averaged values ``[n]``, the same bits on every rank.
 
@@ -87,27 +119,30 @@ class Collective:
         share = 1 / (L * M)
         shard = values.view(L, -1)  # [L, n/L]: row l is summed by local rank l
         if L > 1:
-            received, work = self.inner.all_to_all(shard, stats)
-            yield from _wait(work)
+            received, works = self.inner.all_to_all(shard, stats)
+            yield from _wait(works)
             shard, share = _sum_rows(received, wide).mul_(share), 1.0
         coded = _encode(shard.view(M, -1), compressor, values.dtype)  # [M, …]: row m is summed by node m
         if M > 1:
-            received, work = self.outer.all_to_all(coded, stats)
-            yield from _wait(work)
+            received, works = self.outer.all_to_all(coded, stats)
+            yield from _wait(works)
             total = _sum_rows(_decode(received, compressor), wide).mul_(share)  # [n/N]
-            coded, work = self.outer.all_gather(_encode(total, compressor, values.dtype), stats)
-            yield from _wait(work)
+            # Dense results arrive where they belong; what was there has been sent.
+            coded = values.view(M, -1) if L == 1 and compressor is None else torch.empty_like(coded)
+            yield from _wait(self.outer.all_gather(_encode(total, compressor, values.dtype), coded, stats))
         if L > 1:
             # The coded result is shared inside the node too: every rank decodes the same bytes.
-            coded, work = self.inner.all_gather(coded, stats)
-            yield from _wait(work)
+            everything = values.view(L, -1) if compressor is None else coded.new_empty(L, coded.numel())
+            yield from _wait(self.inner.all_gather(coded.view(-1), everything, stats))
+            coded = everything
         yield _decode(coded, compressor).reshape(-1).to(values.dtype)
 
 
-def _wait(work: dist.Work) -> Iterator[None]:
+def _wait(works: list[dist.Work]) -> Iterator[None]:
     for _ in range(IN_FLIGHT):
         yield None
-    work.wait()
+    for work in works:
+        work.wait()
 
 
 def _sum_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -188,10 +223,10 @@ def build_collective(
         assert mine is not None
         group, ranks = mine
         remote = sum(mesh.node_of(rank) != mesh.node for rank in ranks)
-        return Level(group, len(ranks), len(ranks) - 1 - remote, remote)
+        return Level(ranks, ranks.index(mesh.rank), remote, group)
 
     if two_levels:
         inner = level([mesh.ranks_of_node(node) for node in range(mesh.num_nodes)])
         outer = level([mesh.ranks_across_nodes(local) for local in range(mesh.ranks_per_node)])
         return Collective(inner, outer)
-    return Collective(Level(None, 1, 0, 0), level([list(range(mesh.world_size))]))
+    return Collective(level([[rank] for rank in range(mesh.world_size)]), level([list(range(mesh.world_size))]))

@@ -37,7 +37,9 @@ class Message:
         return out
 
     def store(self, values: Tensor, bucket: Tensor) -> None:
-        """Write ``values [numel]`` back to where they came from."""
+        """Write ``values [numel]`` back to where they came from, unless they are there already."""
+        if values.data_ptr() == bucket[self.pieces[0].bucket_offset :].data_ptr():
+            return
         for piece in self.pieces:
             bucket[piece.bucket_offset :][: piece.numel] = values[piece.message_offset :][: piece.numel]
 

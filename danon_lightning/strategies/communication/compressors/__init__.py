@@ -3,9 +3,16 @@
 from collections.abc import Callable
 
 from danon_lightning.strategies.communication.compressors.base import BlockCompressor
+from danon_lightning.strategies.communication.compressors.cast import Bf16Compressor, Fp16Compressor
+from danon_lightning.strategies.communication.compressors.int4 import Int4Compressor
 from danon_lightning.strategies.communication.compressors.int8 import Int8Compressor
 
-_COMPRESSORS: dict[str, Callable[[], BlockCompressor]] = {"int8": Int8Compressor}
+_COMPRESSORS: dict[str, Callable[[], BlockCompressor]] = {
+    "bf16": Bf16Compressor,
+    "fp16": Fp16Compressor,
+    "int4": Int4Compressor,
+    "int8": Int8Compressor,
+}
 
 
 def available_compressors() -> list[str]:
@@ -35,4 +42,12 @@ def get_compressor(compression: str | BlockCompressor | None) -> BlockCompressor
     return _COMPRESSORS[compression]()
 
 
-__all__ = ["BlockCompressor", "Int8Compressor", "available_compressors", "get_compressor"]
+__all__ = [
+    "Bf16Compressor",
+    "BlockCompressor",
+    "Fp16Compressor",
+    "Int4Compressor",
+    "Int8Compressor",
+    "available_compressors",
+    "get_compressor",
+]

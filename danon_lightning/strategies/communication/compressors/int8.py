@@ -43,8 +43,7 @@ class Int8Compressor(BlockCompressor):
 
     def encode(self, blocks: Tensor) -> Tensor:
         """Code float32 ``[m, block_size]`` as uint8 ``[m, block_size + 4]``."""
-        scale = blocks.abs().amax(dim=1, keepdim=True) / _LARGEST_CODE  # NaN and Inf pass through amax
-        scale = torch.where(scale < _SMALLEST_SCALE, 0.0, scale)
+        scale = block_scale(blocks, _LARGEST_CODE)
         divisor = torch.where(scale == 0, torch.inf, scale)
         codes = (blocks / divisor).round_().clamp_(-_LARGEST_CODE, _LARGEST_CODE)
         payload = torch.empty(len(blocks), self.block_bytes, dtype=torch.uint8, device=blocks.device)
@@ -56,3 +55,9 @@ class Int8Compressor(BlockCompressor):
         """Restore float32 ``[m, block_size]``."""
         scale = payload.view(torch.float32)[:, self.block_size // 4 :]
         return payload[:, : self.block_size].view(torch.int8) * scale
+
+
+def block_scale(blocks: Tensor, largest_code: int) -> Tensor:
+    """What one step of the code is worth in each block: float32 ``[m, 1]``, non-finite where a value of the block is."""
+    scale = blocks.abs().amax(dim=1, keepdim=True) / largest_code  # NaN and Inf pass through amax
+    return torch.where(scale < _SMALLEST_SCALE, 0.0, scale)
