@@ -63,6 +63,7 @@ def test_two_ranks_train_log_and_checkpoint(tmp_path, cache):
     events.Reload()
     tags = events.Tags()
     assert {"train/loss", "train/bits_per_byte", "val/loss", "val/bits_per_byte"} <= set(tags["scalars"])
+    assert any(tag.startswith("train/learning_rate") for tag in tags["scalars"])
     assert "sample/text_summary" in tags["tensors"]
     assert [event.step for event in events.Scalars("val/bits_per_byte")] == [2, 5]
     sample = events.Tensors("sample/text_summary")[-1].tensor_proto.string_val[0]

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, TypeVar
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRScheduler
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -97,7 +97,9 @@ class LanguageModel(pl.LightningModule):
         optimizer = build_adamw(self, self.optimizer_config)
         factor = warmup_cosine(self.optimizer_config, self.trainer.estimated_stepping_batches)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        # The name puts it beside the loss in the logs: TensorBoard opens with only the first groups of tags unfolded.
+        schedule: LRSchedulerConfigType = {"scheduler": scheduler, "interval": "step", "name": "train/learning_rate"}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     @torch.no_grad()
     def generate_text(
