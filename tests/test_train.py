@@ -147,6 +147,51 @@ def test_a_users_own_project_composes_with_the_configs(tmp_path, cache):
     assert (tmp_path / "runs/mine/version_0/checkpoints/last.ckpt").is_file()
 
 
+OWN_APPLICATION = """
+import hydra
+from danon_lightning.train import train
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="main")
+def main(config):
+    train(config)
+
+main()
+"""
+OWN_CONFIG = """
+defaults:
+  - data: stdlib
+  - model: full
+  - strategy: hybrid
+  - trainer: cpu
+  - callbacks: quiet
+  - logger: csv
+  - experiment: smoke
+  - _self_
+name: own
+output_dir: out
+seed: 1
+ckpt_path: null
+trainer:
+  devices: 1
+  max_steps: 2
+  val_check_interval: 2
+hydra:
+  searchpath: [pkg://danon_lightning.configs]
+"""
+
+
+def test_a_users_own_application_composes_with_the_groups(tmp_path, cache):
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf/main.yaml").write_text(OWN_CONFIG)
+    (tmp_path / "app.py").write_text(OWN_APPLICATION)
+    done = subprocess.run(
+        [sys.executable, "app.py", f"data.cache_dir={cache}"], cwd=tmp_path, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    [checkpoint] = tmp_path.rglob("last.ckpt")
+    assert checkpoint.is_relative_to(tmp_path / "out/own")
+
+
 @pytest.mark.parametrize(
     "target",
     [
