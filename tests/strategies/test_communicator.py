@@ -164,7 +164,7 @@ def sent_bytes(nodes, compression, hierarchical):
     ],
 )
 def test_bytes_between_nodes_follow_the_formula(compression, hierarchical, egress):
-    """Per element and node, two nodes of two ranks. A flat exchange without a ring sends 2/3 of it to other nodes."""
+    """Per element and node, two nodes of two ranks. Flat, 2/3 of what each of the two sends goes to the other node."""
     stats = run_distributed(sent_bytes, 4, 2, compression, hierarchical, ranks_per_node=2)
     between = sum(rank["inter_node_bytes"] for rank in stats[:2]) / 2**20
     flat_share = 1 if hierarchical else 2 * 2 / 3
