@@ -21,8 +21,8 @@ class TextGenerator(Protocol):
 class TextSampler(pl.Callback):
     """Logs a sample of generated text after each validation, as text in every logger that takes text.
 
-    Only rank 0 generates, without any communication. If that fails it warns, and training goes on. The sample has a random state of its own, so that training is the
-    same with and without it.
+    Only rank 0 generates, without any communication. If that fails it warns, and training goes on. The sample has a
+    random state of its own, so that training is the same with and without it.
 
     Keys logged:
         ``sample`` (text): the prompt and its continuation.

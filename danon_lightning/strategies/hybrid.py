@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from danon_lightning.strategies.communication import BlockCompressor, GradientCommunicator, get_compressor
-from danon_lightning.strategies.communication.collectives import uses_two_levels
+from danon_lightning.strategies.communication.collectives import check_hierarchical, uses_two_levels
 from danon_lightning.strategies.mesh import Mesh
 
 
@@ -84,8 +84,7 @@ class DanonHybridStrategy(DDPStrategy):
             # Gradients live in the buckets they are sent from: one copy less, of time and of memory.
             gradient_as_bucket_view=True,
         )
-        if hierarchical not in (True, False, "auto"):
-            raise ValueError(f"hierarchical={hierarchical!r} must be True, False or 'auto'")
+        check_hierarchical(hierarchical)
         self._compressor = get_compressor(compression)
         self._hierarchical = hierarchical
         self._communicator: GradientCommunicator | None = None

@@ -27,7 +27,12 @@ def test_it_says_what_will_happen_and_what_has(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = fit(tmp_path, max_epochs=2)
     parameters = sum(p.numel() for p in PlainModule().parameters())
-    for said in (f"PlainModule, {parameters:,} parameters to train", "SingleDeviceStrategy on 1 × cpu", "val_loss", " at step 12"):
+    for said in (
+        f"PlainModule, {parameters:,} parameters to train",
+        "SingleDeviceStrategy on 1 × cpu",
+        "val_loss",
+        " at step 12",
+    ):
         assert said in text
     assert "tensorboard --logdir lightning_logs/version_0" in text
     assert list((tmp_path / "lightning_logs/version_0/checkpoints").glob("*.ckpt"))
@@ -56,9 +61,7 @@ def test_a_sampler_needs_a_module_that_generates(tmp_path):
         fit(tmp_path, max_epochs=1, callbacks=[TextSampler()])
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("prompt", ""), ("max_new_bytes", 0), ("temperature", -1.0), ("top_k", 0)]
-)
+@pytest.mark.parametrize(("name", "value"), [("prompt", ""), ("max_new_bytes", 0), ("temperature", -1.0), ("top_k", 0)])
 def test_a_sampler_checks_its_arguments(name, value):
     with pytest.raises(ValueError, match=name):
         TextSampler(**{name: value})

@@ -99,7 +99,9 @@ def check_quantized_bound(nodes, hierarchical, name, block, levels):
             if parameter.dim() < 2 or parameter.numel() < 4096:
                 assert error.max() <= 1e-6 * groups.abs().max()
                 continue
-            blocks = torch.nn.functional.pad(groups[:, mine], (0, -parameter.numel() % block)).view(len(groups), -1, block)
+            blocks = torch.nn.functional.pad(groups[:, mine], (0, -parameter.numel() % block)).view(
+                len(groups), -1, block
+            )
             largest = blocks.abs().amax(dim=2).sum(dim=0)  # Σ_m max|x_m|
             steps = 2 * levels
             bound = (2 + 1 / steps) * largest.repeat_interleave(block)[: parameter.numel()] / steps

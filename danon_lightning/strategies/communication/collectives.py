@@ -173,6 +173,12 @@ def _decode(coded: Tensor, compressor: BlockCompressor | None) -> Tensor:
     return blocks.view(*coded.shape[:-1], -1)
 
 
+def check_hierarchical(hierarchical: object) -> None:
+    """Raise a ValueError unless ``hierarchical`` is True, False or "auto"."""
+    if hierarchical not in (True, False, "auto"):
+        raise ValueError(f"hierarchical={hierarchical!r} must be True, False or 'auto'")
+
+
 def uses_two_levels(mesh: Mesh, hierarchical: bool | Literal["auto"]) -> bool:
     """Whether the exchange has an inner level on this mesh.
 
@@ -185,8 +191,7 @@ def uses_two_levels(mesh: Mesh, hierarchical: bool | Literal["auto"]) -> bool:
         ValueError: If ``hierarchical`` is none of the three, or is True on a mesh that has only one level.
     """
     possible = mesh.num_nodes > 1 and mesh.ranks_per_node > 1
-    if hierarchical not in (True, False, "auto"):
-        raise ValueError(f"hierarchical={hierarchical!r} must be True, False or 'auto'")
+    check_hierarchical(hierarchical)
     if hierarchical is True and not possible:
         raise ValueError(
             f"hierarchical=True needs several nodes with several ranks each, but this job has {mesh}: "

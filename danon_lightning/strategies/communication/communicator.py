@@ -116,7 +116,9 @@ class GradientCommunicator:
 
     def _submit(self, bucket: GradBucket) -> Future[Tensor]:
         if self._closed:
-            raise RuntimeError("the gradient communicator is closed: make another one, on a new DistributedDataParallel")
+            raise RuntimeError(
+                "the gradient communicator is closed: make another one, on a new DistributedDataParallel"
+            )
         if bucket.buffer().is_sparse:
             raise ValueError("sparse gradients cannot be exchanged: set sparse=False on the embedding")
         future: Future[Tensor] = Future(devices=[self._device]) if self._stream else Future()

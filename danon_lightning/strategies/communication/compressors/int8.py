@@ -58,6 +58,6 @@ class Int8Compressor(BlockCompressor):
 
 
 def block_scale(blocks: Tensor, largest_code: int) -> Tensor:
-    """What one step of the code is worth in each block: float32 ``[m, 1]``, non-finite where a value of the block is."""
+    """Worth of one step of the code in each block: float32 ``[m, 1]``, non-finite where a value of the block is."""
     scale = blocks.abs().amax(dim=1, keepdim=True) / largest_code  # NaN and Inf pass through amax
     return torch.where(scale < _SMALLEST_SCALE, 0.0, scale)
