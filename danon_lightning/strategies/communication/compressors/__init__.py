@@ -2,16 +2,24 @@
 
 from collections.abc import Callable
 
-from danon_lightning.strategies.communication.compressors.base import BlockCompressor
+from danon_lightning.strategies.communication.compressors.base import Compressor, Context, LinearCompressor
 from danon_lightning.strategies.communication.compressors.cast import Bf16Compressor, Fp16Compressor
 from danon_lightning.strategies.communication.compressors.int4 import Int4Compressor
 from danon_lightning.strategies.communication.compressors.int8 import Int8Compressor
+from danon_lightning.strategies.communication.compressors.powersgd import PowerSGDCompressor
+from danon_lightning.strategies.communication.compressors.randomk import RandomKCompressor
+from danon_lightning.strategies.communication.compressors.sign import SignCompressor
+from danon_lightning.strategies.communication.compressors.topk import TopKCompressor
 
-_COMPRESSORS: dict[str, Callable[[], BlockCompressor]] = {
+_COMPRESSORS: dict[str, Callable[[], Compressor | LinearCompressor]] = {
     "bf16": Bf16Compressor,
     "fp16": Fp16Compressor,
     "int4": Int4Compressor,
     "int8": Int8Compressor,
+    "powersgd": PowerSGDCompressor,
+    "randomk": RandomKCompressor,
+    "sign": SignCompressor,
+    "topk": TopKCompressor,
 }
 
 
@@ -20,7 +28,7 @@ def available_compressors() -> list[str]:
     return sorted(_COMPRESSORS)
 
 
-def get_compressor(compression: str | BlockCompressor | None) -> BlockCompressor | None:
+def get_compressor(compression: str | Compressor | LinearCompressor | None) -> Compressor | LinearCompressor | None:
     """Resolve what a user wrote as ``compression``.
 
     Args:
@@ -30,7 +38,7 @@ def get_compressor(compression: str | BlockCompressor | None) -> BlockCompressor
         ValueError: For an unknown name; the message lists the valid ones.
         TypeError: For an object that is no compressor.
     """
-    if compression is None or isinstance(compression, BlockCompressor):
+    if compression is None or isinstance(compression, Compressor | LinearCompressor):
         return compression
     if not isinstance(compression, str):
         raise TypeError(
@@ -44,10 +52,16 @@ def get_compressor(compression: str | BlockCompressor | None) -> BlockCompressor
 
 __all__ = [
     "Bf16Compressor",
-    "BlockCompressor",
+    "Compressor",
+    "Context",
     "Fp16Compressor",
     "Int4Compressor",
     "Int8Compressor",
+    "LinearCompressor",
+    "PowerSGDCompressor",
+    "RandomKCompressor",
+    "SignCompressor",
+    "TopKCompressor",
     "available_compressors",
     "get_compressor",
 ]

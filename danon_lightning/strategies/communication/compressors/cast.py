@@ -2,27 +2,36 @@
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from danon_lightning.strategies.communication.compressors.base import BlockCompressor
+from danon_lightning.strategies.communication.compressors.base import Compressor, Context
 
 
-class CastCompressor(BlockCompressor):
+class CastCompressor(Compressor):
     """Each value rounded to a shorter floating-point type; subclasses say which.
 
-    Wire format: the values themselves, two bytes each. Being of constant size, a "block" is a single value.
+    Wire format: the values themselves, two bytes each.
     """
 
     dtype: torch.dtype
-    block_size = 1
-    block_bytes = 2
 
-    def encode(self, blocks: Tensor) -> Tensor:
-        """Code float32 ``[m, 1]`` as uint8 ``[m, 2]``."""
-        return blocks.to(self.dtype).view(torch.uint8)
+    @override
+    def payload_bytes(self, numel: int, step: int) -> int:
+        """Two bytes an element."""
+        return 2 * numel
 
-    def decode(self, payload: Tensor) -> Tensor:
-        """Restore float32 ``[m, 1]``."""
-        return payload.view(self.dtype).float()
+    @override
+    def encode(self, values: Tensor, payload: Tensor, context: Context) -> None:
+        """Round."""
+        payload.view(self.dtype).copy_(values)
+
+    @override
+    def decode(self, payload: Tensor, out: Tensor, *, add: bool = False) -> None:
+        """Widen."""
+        if add:
+            out.add_(payload.view(self.dtype))
+        else:
+            out.copy_(payload.view(self.dtype))
 
 
 class Fp16Compressor(CastCompressor):
@@ -31,18 +40,23 @@ class Fp16Compressor(CastCompressor):
     Error bound: |x̂ − x| ≤ 2⁻¹¹·|x| + 2⁻²⁵. Values beyond 65,504 become Inf, on every rank: use bf16, or scale the loss
     down, if gradients come near that.
 
+    Contraction: ‖x − x̂‖² ≤ (1 − δ)·‖x‖² with δ = 1 − 2⁻²² where all 6.2e-5 ≤ |x| ≤ 65,504; smaller values may vanish.
+
     Reference:
         IEEE Std 754-2019, binary16.
     """
 
     name = "fp16"
+    may_overflow = True
     dtype = torch.float16
 
 
 class Bf16Compressor(CastCompressor):
     """Brain floating point: 8 significant bits, the range of float32.
 
-    Error bound: |x̂ − x| ≤ 2⁻⁸·|x| for normal numbers.
+    Error bound: |x̂ − x| ≤ 2⁻⁸·|x| for normal numbers. (Numbers within 2⁻⁸ of the largest float32 become Inf.)
+
+    Contraction: ‖x − x̂‖² ≤ (1 − δ)·‖x‖² with δ = 1 − 2⁻¹⁶ for normal numbers.
 
     Reference:
         Kalamkar et al., "A Study of BFLOAT16 for Deep Learning Training", 2019 (arXiv:1905.12322).
