@@ -22,7 +22,7 @@ from danon_lightning.attention import (
 )
 from danon_lightning.models.generation import generate
 from danon_lightning.models.metrics import BitsPerByte
-from danon_lightning.models.optimization import OptimizerConfig, build_adamw, warmup_cosine
+from danon_lightning.models.optimization import OptimizerConfig, build_optimizer, warmup_cosine
 
 _Config = TypeVar("_Config")
 
@@ -93,8 +93,8 @@ class LanguageModel(pl.LightningModule):
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW, warm-up and cosine over the steps of the run."""
-        optimizer = build_adamw(self, self.optimizer_config)
+        """The chosen optimizer, warm-up and cosine over the steps of the run."""
+        optimizer = build_optimizer(self, self.optimizer_config)
         factor = warmup_cosine(self.optimizer_config, self.trainer.estimated_stepping_batches)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         # The name puts it beside the loss in the logs: TensorBoard opens with only the first groups of tags unfolded.

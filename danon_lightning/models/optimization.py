@@ -1,4 +1,4 @@
-"""AdamW with sensible parameter groups, and a warm-up followed by a cosine."""
+"""An optimizer with sensible parameter groups, and a warm-up followed by a cosine."""
 
 import math
 from collections.abc import Callable
@@ -7,16 +7,25 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from danon_lightning.optim import OneBitAdam
+
+_OPTIMIZERS = ("adamw", "sgd", "onebit_adam")
+
 
 @dataclass(kw_only=True)
 class OptimizerConfig:
     """How a model is optimized.
 
     Args:
+        name: "adamw"; "sgd"; or "onebit_adam", AdamW whose momentum can be compressed to one bit.
         learning_rate: Peak learning rate.
-        weight_decay: Decoupled decay of weight matrices; embeddings, gains, biases and other vectors are not decayed.
-        beta1: Decay of the mean of the gradient.
-        beta2: Decay of its mean square.
+        weight_decay: Decay of weight matrices, decoupled (but added to the gradient with "sgd"); embeddings, gains,
+            biases and other vectors are not decayed.
+        beta1: Decay of the mean of the gradient (not with "sgd").
+        beta2: Decay of its mean square (not with "sgd").
+        momentum: Momentum of "sgd".
+        freeze_step: For "onebit_adam": steps after which the mean square is frozen. None for three times
+            ``warmup_steps``.
         warmup_steps: Optimizer steps over which the learning rate rises linearly from near zero.
         final_learning_rate: What the cosine ends at, as a fraction of the peak.
 
@@ -24,30 +33,37 @@ class OptimizerConfig:
         ValueError: For a value out of range, naming it.
     """
 
+    name: str = "adamw"
     learning_rate: float = 3e-3
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
+    momentum: float = 0.9
+    freeze_step: int | None = None
     warmup_steps: int = 20
     final_learning_rate: float = 0.1
 
     def __post_init__(self) -> None:
         """Check the ranges."""
+        if self.name not in _OPTIMIZERS:
+            raise ValueError(f"name={self.name!r} must be one of: {', '.join(map(repr, _OPTIMIZERS))}")
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate={self.learning_rate} must be positive")
         if self.weight_decay < 0:
             raise ValueError(f"weight_decay={self.weight_decay} must not be negative")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1)")
+        if self.freeze_step is not None and self.freeze_step < 1:
+            raise ValueError(f"freeze_step={self.freeze_step} must be at least 1, or None")
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps={self.warmup_steps} must not be negative")
         if not 0 <= self.final_learning_rate <= 1:
             raise ValueError(f"final_learning_rate={self.final_learning_rate} is a fraction of the peak, in [0, 1]")
 
 
-def build_adamw(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over the parameters of ``module``, weight decay only where it belongs: matrices outside embeddings.
+def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """An optimizer over the parameters of ``module``, weight decay only where it belongs: matrices outside embeddings.
 
     Reference:
         Loshchilov and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019 (arXiv:1711.05101).
@@ -56,12 +72,15 @@ def build_adamw(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW
     parameters = [p for p in module.parameters() if p.requires_grad]
     decayed = [p for p in parameters if p.dim() > 1 and id(p) not in embeddings]
     rest = [p for p in parameters if p.dim() <= 1 or id(p) in embeddings]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-    )
+    both = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    groups = [group for group in both if group["params"]]
+    betas = (config.beta1, config.beta2)
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum)
+    if config.name == "onebit_adam":
+        freeze_step = config.freeze_step or max(1, 3 * config.warmup_steps)
+        return OneBitAdam(groups, lr=config.learning_rate, betas=betas, freeze_step=freeze_step)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas)
 
 
 def warmup_cosine(config: OptimizerConfig, total_steps: float) -> Callable[[int], float]:

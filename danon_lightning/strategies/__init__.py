@@ -1,7 +1,39 @@
 """Strategies: how a LightningModule is spread over processes, nodes and links."""
 
-from danon_lightning.strategies.communication import GradientCommunicator, available_compressors
+from danon_lightning.strategies.communication import (
+    Bf16Compressor,
+    Compressor,
+    Context,
+    ErrorFeedback,
+    Fp16Compressor,
+    GradientCommunicator,
+    Int4Compressor,
+    Int8Compressor,
+    LinearCompressor,
+    PowerSGDCompressor,
+    RandomKCompressor,
+    SignCompressor,
+    TopKCompressor,
+    available_compressors,
+)
 from danon_lightning.strategies.hybrid import DanonHybridStrategy
 from danon_lightning.strategies.mesh import Mesh
 
-__all__ = ["DanonHybridStrategy", "GradientCommunicator", "Mesh", "available_compressors"]
+__all__ = [
+    "Bf16Compressor",
+    "Compressor",
+    "Context",
+    "DanonHybridStrategy",
+    "ErrorFeedback",
+    "Fp16Compressor",
+    "GradientCommunicator",
+    "Int4Compressor",
+    "Int8Compressor",
+    "LinearCompressor",
+    "Mesh",
+    "PowerSGDCompressor",
+    "RandomKCompressor",
+    "SignCompressor",
+    "TopKCompressor",
+    "available_compressors",
+]

@@ -11,26 +11,46 @@ from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.strategies.registry import _StrategyRegistry
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import _augment_message
 from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
-from danon_lightning.strategies.communication import BlockCompressor, GradientCommunicator, get_compressor
-from danon_lightning.strategies.communication.collectives import check_hierarchical, uses_two_levels
+from danon_lightning.optim import OneBitAdam
+from danon_lightning.strategies.communication import (
+    Compressor,
+    ErrorFeedback,
+    GradientCommunicator,
+    LinearCompressor,
+    available_compressors,
+    get_compressor,
+)
+from danon_lightning.strategies.communication.error_feedback import resolve_error_feedback
+from danon_lightning.strategies.communication.layout import check_hierarchical, uses_two_levels
 from danon_lightning.strategies.mesh import Mesh
+from danon_lightning.strategies.optimizer_checks import check_optimizer
+
+_CHECKPOINT_KEY = "danon_gradient_memory"
 
 
 class DanonHybridStrategy(DDPStrategy):
     """Trains any LightningModule data-parallel, gradients being averaged by a :class:`GradientCommunicator`.
 
     ``import danon_lightning`` registers it, so that ``Trainer(strategy="danon_hybrid", devices=2)`` is all there is to
-    write. Use the class itself to set arguments: ``Trainer(strategy=DanonHybridStrategy(compression="int8"))``.
+    write, or ``strategy="danon_hybrid_int8"`` (and so on) for a compression. Use the class itself to set arguments:
+    ``Trainer(strategy=DanonHybridStrategy(compression="int8"))``.
 
     Args:
-        compression: None for dense gradients; "int8", or a compressor, to send coded gradients over the slow links:
-            between nodes where the exchange is hierarchical, else between all ranks.
+        compression: None for dense gradients; a name of :func:`available_compressors` such as "int8", or a compressor,
+            to send coded gradients over the slow links: between nodes where the exchange is hierarchical, else between
+            all ranks.
+        error_feedback: Whether what compression leaves out of a step is added to the next one: "auto" for where the
+            compressor needs it; or an :class:`ErrorFeedback` with settings of its own (momentum correction, say).
+        residual_checkpoint: What checkpoints keep of it: "mean" for one model copy, valid for any number of ranks;
+            "per_rank" for everything, so that a run on the same number of nodes and ranks resumes to the bit.
         hierarchical: True to sum inside each node first and exchange only the sums between nodes, False to treat all
             ranks alike, "auto" for True wherever there are several nodes with several ranks each.
         find_unused_parameters: Set it if some parameters take no part in a training step.
@@ -56,7 +76,9 @@ class DanonHybridStrategy(DDPStrategy):
     def __init__(
         self,
         *,
-        compression: str | BlockCompressor | None = None,
+        compression: str | Compressor | LinearCompressor | None = None,
+        error_feedback: bool | Literal["auto"] | ErrorFeedback = "auto",
+        residual_checkpoint: Literal["mean", "per_rank"] = "mean",
         hierarchical: bool | Literal["auto"] = "auto",
         find_unused_parameters: bool = False,
         static_graph: bool = False,
@@ -85,17 +107,26 @@ class DanonHybridStrategy(DDPStrategy):
             gradient_as_bucket_view=True,
         )
         check_hierarchical(hierarchical)
+        if residual_checkpoint not in ("mean", "per_rank"):
+            raise ValueError(f"residual_checkpoint={residual_checkpoint!r} must be 'mean' or 'per_rank'")
         self._compressor = get_compressor(compression)
+        self._error_feedback = resolve_error_feedback(error_feedback, self._compressor)
+        self._residual_checkpoint = residual_checkpoint
+        self._saved_memory: dict[str, Any] | None = None
         self._hierarchical = hierarchical
         self._communicator: GradientCommunicator | None = None
 
     @classmethod
     @override
     def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
-        """Make the strategy known by its name."""
+        """Make the strategy known by its name, and with each compression as ``danon_hybrid_<compression>``."""
         strategy_registry.register(
             cls.strategy_name, cls, description="Data parallel with hierarchical, compressible gradient exchange"
         )
+        for name in available_compressors():
+            strategy_registry.register(
+                f"{cls.strategy_name}_{name}", cls, description=f"danon_hybrid with {name} gradients", compression=name
+            )
 
     @property
     def mesh(self) -> Mesh:
@@ -123,11 +154,13 @@ class DanonHybridStrategy(DDPStrategy):
             facts["gradients"] = f"dense inside a node, {sent} between nodes" if two_levels else f"{sent}, all to all"
         return facts
 
-    def communication_stats(self) -> dict[str, int]:
-        """What this rank has sent since the start of ``fit``; empty before it, and on a single rank.
+    def communication_stats(self) -> dict[str, Any]:
+        """What this rank has sent since the start of ``fit``, and how long it took.
 
         Returns:
-            ``steps``, ``intra_node_bytes``, ``inter_node_bytes`` and ``dense_bytes`` (the size of the gradients).
+            The fields of :class:`~danon_lightning.strategies.communication.stats.CommunicationStats`: ``steps``,
+            ``skipped_steps``, ``intra_node_bytes``, ``inter_node_bytes``, ``dense_bytes``, ``compression_ratio``,
+            ``exposed_seconds``, ``hidden_seconds`` and ``residual_norm``. Empty before ``fit``, and on a single rank.
         """
         return self._communicator.stats() if self._communicator else {}
 
@@ -164,6 +197,9 @@ class DanonHybridStrategy(DDPStrategy):
         # Lightning would register hooks on CUDA only; ours serves every device.
         mesh = self.mesh
         if mesh.world_size == 1:
+            if self._saved_memory is not None:
+                rank_zero_warn("on a single rank nothing is exchanged: what earlier steps have left out is lost")
+                self._saved_memory = None
             return
         assert isinstance(self.model, DistributedDataParallel)
         self._pl_static_graph_delay_done = False  # Lightning sets it once for all fits, but each has a new DDP
@@ -174,27 +210,94 @@ class DanonHybridStrategy(DDPStrategy):
                     "set sparse=False, or train with strategy='ddp'"
                 )
         self._communicator = GradientCommunicator(
+            self.model,
             mesh,
             compression=self._compressor,
+            error_feedback=self._error_feedback or ("auto" if self._compressor is None else False),
             hierarchical=self._hierarchical,
             device=self.root_device,
             timeout=self._timeout,
+            loss_scale=self._loss_scale,
         )
+        if self._saved_memory is not None:
+            exact = self._communicator.load_state_dict(self._saved_memory)
+            if not exact and self._residual_checkpoint == "per_rank":
+                rank_zero_warn(
+                    "the layout of the ranks has changed: the run goes on with all residuals, but not to the bit"
+                )
+            self._saved_memory = None
         self.model.register_comm_hook(self._communicator, self._communicator.hook)
+
+    @override
+    def setup_optimizers(self, trainer: pl.Trainer) -> None:
+        """Create the optimizers, and see whether the compression goes with them."""
+        super().setup_optimizers(trainer)
+        if self._communicator is None or self._compressor is None:
+            return
+        for optimizer in self.optimizers:
+            clips = bool(trainer.gradient_clip_val)
+            check_optimizer(optimizer, self._compressor, self._error_feedback, clips=clips)
+        with_momentum = [optimizer for optimizer in self.optimizers if isinstance(optimizer, OneBitAdam)]
+        if with_momentum and len(self.optimizers) > 1:
+            raise ValueError("OneBitAdam can be used with a compression only as the only optimizer")
+        for optimizer in with_momentum:
+            self._communicator.exchange_momentum_of(optimizer)
+
+    def _loss_scale(self) -> float:
+        scaler = self._scaler()
+        return float(scaler.get_scale()) if scaler is not None else 1.0
+
+    def _scaler(self) -> "torch.amp.GradScaler | None":
+        scaler = getattr(self.precision_plugin, "scaler", None)
+        return scaler if scaler is not None and scaler.is_enabled() else None
 
     @override
     def backward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Propagate gradients; they are averaged over the replicas on the way.
 
+        With a compression, gradients that are not finite are dropped on all ranks, and the optimizer leaves the weights
+        as they are: what is kept for later steps does not contain them either. (A gradient scaler does so by itself.)
+
         Raises:
             RuntimeError: If the exchange has failed, saying where to look for the cause.
         """
+        communicator = self._communicator
+        steps = communicator.steps if communicator is not None else 0
         try:
-            return super().backward(*args, **kwargs)
+            loss = super().backward(*args, **kwargs)
         except RuntimeError:
-            if self._communicator is not None and self._communicator.error is not None:
-                raise self._communicator.error from self._communicator.error.__cause__
+            if communicator is not None and communicator.error is not None:
+                raise communicator.error from communicator.error.__cause__
             raise
+        if communicator is not None and communicator.steps > steps and not communicator.finite:
+            if self._scaler() is None:
+                assert self.model is not None
+                for parameter in self.model.parameters():
+                    parameter.grad = None
+                rank_zero_warn("a gradient was not finite: all ranks skip this step")
+        return loss
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Write a checkpoint, with what compression has left out so far. Every rank must call it."""
+        communicator = self._communicator
+        full = "optimizer_states" in checkpoint  # not one of weights only
+        if communicator is not None and self._compressor is not None and full:
+            if self._has_failed or self.lightning_module is not None and self.lightning_module.trainer.interrupted:
+                rank_zero_warn("the checkpoint has no residuals: after an error other ranks cannot be asked for theirs")
+            else:
+                state = communicator.state_dict(per_rank=self._residual_checkpoint == "per_rank")
+                if state is not None:
+                    checkpoint[_CHECKPOINT_KEY] = state
+        super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint."""
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only)
+        if self.lightning_module is not None and self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
+            self._saved_memory = checkpoint.get(_CHECKPOINT_KEY)
+        return checkpoint
 
     @override
     def teardown(self) -> None:

@@ -3,12 +3,13 @@ import torch
 from torch import nn
 
 from danon_lightning.models import OptimizerConfig
-from danon_lightning.models.optimization import build_adamw, warmup_cosine
+from danon_lightning.models.optimization import build_optimizer, warmup_cosine
+from danon_lightning.optim import OneBitAdam
 
 
 def test_only_matrices_outside_embeddings_are_decayed():
     model = nn.ModuleDict({"e": nn.Embedding(5, 4), "l": nn.Linear(4, 3), "n": nn.LayerNorm(3)})
-    optimizer = build_adamw(model, OptimizerConfig(weight_decay=0.3))
+    optimizer = build_optimizer(model, OptimizerConfig(weight_decay=0.3))
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert len(decay) == len(list(model.parameters()))
     assert {name for name, p in model.named_parameters() if decay[id(p)] == 0.3} == {"l.weight"}
@@ -17,7 +18,7 @@ def test_only_matrices_outside_embeddings_are_decayed():
 def test_a_tied_embedding_is_not_decayed():
     model = nn.ModuleDict({"e": nn.Embedding(5, 4), "head": nn.Linear(4, 5, bias=False)})
     model["head"].weight = model["e"].weight
-    optimizer = build_adamw(model, OptimizerConfig())
+    optimizer = build_optimizer(model, OptimizerConfig())
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0]
 
 
@@ -46,7 +47,7 @@ def test_values_out_of_range_are_named(field, value):
 
 def test_it_minimises():
     model = nn.Linear(3, 1)
-    optimizer = build_adamw(model, OptimizerConfig(learning_rate=0.1, weight_decay=0.0))
+    optimizer = build_optimizer(model, OptimizerConfig(learning_rate=0.1, weight_decay=0.0))
     x = torch.randn(64, 3, generator=torch.Generator().manual_seed(0))
     for _ in range(100):
         optimizer.zero_grad()
@@ -54,3 +55,24 @@ def test_it_minimises():
         loss.backward()
         optimizer.step()
     assert loss < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD), ("onebit_adam", OneBitAdam)]
+)
+def test_each_optimizer_minimises(name, kind):
+    parameter = nn.Parameter(torch.tensor([3.0, -2.0]))
+    module = nn.Module()
+    module.x = parameter
+    optimizer = build_optimizer(module, OptimizerConfig(name=name, learning_rate=0.05, freeze_step=20))
+    assert type(optimizer) is kind
+    for _ in range(200):
+        optimizer.zero_grad()
+        parameter.square().sum().backward()
+        optimizer.step()
+    assert parameter.abs().max() < 0.1
+
+
+def test_an_unknown_optimizer_is_named_with_the_valid_ones():
+    with pytest.raises(ValueError, match="name='lion' must be one of: 'adamw', 'sgd', 'onebit_adam'"):
+        OptimizerConfig(name="lion")

@@ -1,25 +1,45 @@
-"""The one object that a DDP bucket meets: a comm hook with a thread of its own."""
+"""The one object that a bucket of gradients meets."""
 
 import atexit
 import queue
 import threading
+import time
+import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch._C._distributed_c10d import GradBucket
 from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
 
-from danon_lightning.strategies.communication.collectives import build_collective
-from danon_lightning.strategies.communication.compressors import BlockCompressor, get_compressor
-from danon_lightning.strategies.communication.messages import Message, plan_messages
+from danon_lightning.optim import OneBitAdam
+from danon_lightning.strategies.communication.checkpoint import gather_state, restore_state
+from danon_lightning.strategies.communication.collectives import Exchange, Steps, average
+from danon_lightning.strategies.communication.collectives.exchange import view
+from danon_lightning.strategies.communication.compressors import Compressor, LinearCompressor, get_compressor
+from danon_lightning.strategies.communication.error_feedback import ErrorFeedback, Memory, resolve_error_feedback
+from danon_lightning.strategies.communication.layout import build_levels, check_placement, node_identity
+from danon_lightning.strategies.communication.messages import Layout, Plan, plan_messages
 from danon_lightning.strategies.communication.stats import CommunicationStats
 from danon_lightning.strategies.mesh import Mesh
+
+# Of what one rank sums of a message over its node: few messages, for each costs about a millisecond of processor time,
+# but enough of them to keep the pipeline full. (gloo sends rows in portions of its own.)
+_CPU_ROW_BYTES = 4 << 20
+# What is summed shall still be in the cache (of 1 MB or more) when it is coded.
+_CPU_REGION_NUMEL = 1 << 18
+# nccl cuts messages up by itself; what counts is that a launch is worth its while.
+_CUDA_ROW_BYTES = 16 << 20
+_CUDA_REGION_NUMEL = 1 << 22
+# Room for codes that are longer than what they stand for (several nodes' sparse ones).
+_ROW_MARGIN = 3
 
 
 class GradientCommunicator:
@@ -32,38 +52,78 @@ class GradientCommunicator:
     If the exchange fails (a peer has died, the time-out has passed) ``backward()`` raises on every rank, and so does
     every later one. DDP garbles the message on its way; ``error`` keeps the original.
 
+    With a compression, what is kept for later steps changes only if the gradients of all ranks are finite. Otherwise
+    ``finite`` is False after ``backward()``, and the step should be skipped: it is, with a gradient scaler; else test
+    ``finite`` before ``optimizer.step()``.
+
     Args:
+        module: The model, wrapped in DistributedDataParallel or not: its parameters' names are what residuals go by.
         mesh: Layout of the ranks. The default process group must be initialised.
         compression: None for dense gradients, a name of :func:`available_compressors`, or a compressor.
+        error_feedback: Whether what compression leaves out is added to the next step: "auto" for where the compressor
+            needs it; or an :class:`ErrorFeedback` with settings of its own.
         hierarchical: True to sum inside each node first and send only the sums between nodes, False to treat all ranks
             alike, "auto" for True wherever there are several nodes with several ranks each.
         device: Device of the gradients.
         timeout: How long one operation may take; None for torch's default.
+        loss_scale: What the loss is multiplied with at present: ``scaler.get_scale``, where a ``GradScaler`` is used.
+
+    Attributes:
+        error: What has made the exchange fail; None as long as it works.
+        finite: Whether all gradients of the last exchange were finite, on all ranks. Without compression it is always
+            True: nothing depends on it, so it is not asked.
 
     Raises:
-        ValueError: For an unknown compression, or ``hierarchical=True`` on a mesh of one level.
+        ValueError: For an unknown compression; ``hierarchical=True`` on a mesh of one level; ranks that are not
+            numbered node by node.
     """
 
     def __init__(
         self,
+        module: nn.Module,
         mesh: Mesh,
         *,
-        compression: str | BlockCompressor | None = None,
+        compression: "str | Compressor | LinearCompressor | None" = None,
+        error_feedback: "bool | Literal['auto'] | ErrorFeedback" = "auto",
         hierarchical: bool | Literal["auto"] = "auto",
         device: torch.device | str = "cpu",
         timeout: timedelta | None = None,
+        loss_scale: Callable[[], float] | None = None,
     ) -> None:
         """See the class. Collective: it creates process groups, so every rank must do it at the same point."""
         self._mesh = mesh
         self._device = torch.device(device)
-        self._compressor = get_compressor(compression)
+        self._loss_scale = loss_scale
+        self._module = module.module if isinstance(module, DistributedDataParallel) else module
+        self._names = {id(parameter): name for name, parameter in self._module.named_parameters()}
         self._stats = CommunicationStats()
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
-        backend = "nccl" if self._stream else "gloo"
-        self._collective = build_collective(mesh, hierarchical, backend=backend, timeout=timeout)
-        self._plans: dict[tuple[tuple[torch.Size, torch.dtype], ...], list[Message]] = {}
+        compressor = get_compressor(compression)
+        feedback = resolve_error_feedback(error_feedback, compressor)
+        self._row_bytes = _CUDA_ROW_BYTES if self._stream else _CPU_ROW_BYTES
+        self._everybody = _check_placement(mesh, self._stream is not None, timeout)
+        inner, outer = build_levels(
+            mesh,
+            hierarchical,
+            compressed=compressor is not None,
+            row_bytes=_ROW_MARGIN * self._row_bytes,
+            device=self._device,
+            timeout=timeout,
+            stats=self._stats,
+        )
+        memory = None
+        if compressor is not None:
+            parameters = dict(self._module.named_parameters())
+            memory = Memory(compressor, feedback, outer.index, outer.size, parameters)
+        self._exchange = Exchange(inner, outer, compressor, memory)
+        self._plans: dict[tuple[int, ...], Plan] = {}
         self._in_flight: deque[_Transfer] = deque()
+        self._open: list[_Bucket] = []
+        self._scale = 1.0
+        self._busy_seconds = 0.0
+        self._last_bucket_came = 0.0
         self.error: RuntimeError | None = None
+        self.finite = True
         self._closed = False
         self._queue: queue.SimpleQueue[_Bucket | None] = queue.SimpleQueue()
         self._start()
@@ -76,9 +136,75 @@ class GradientCommunicator:
         """The function to register with ``register_comm_hook``; its state is the communicator."""
         return state._submit(bucket)
 
-    def stats(self) -> dict[str, int]:
-        """The fields of :class:`CommunicationStats`: what this rank has sent since the start."""
-        return asdict(self._stats)
+    @property
+    def steps(self) -> int:
+        """Number of exchanges so far."""
+        return self._stats.steps
+
+    def exchange_momentum_of(self, optimizer: OneBitAdam) -> None:
+        """Exchange the optimizer's momentum in place of gradients, once its variance is frozen.
+
+        Without compression it does nothing: the optimizer then forms its momentum by itself, to the same effect.
+        """
+        if self._exchange.memory is not None:
+            optimizer.receives_momentum = True
+            self._exchange.memory.exchange_momentum_of(optimizer)
+
+    def state_dict(self, *, per_rank: bool = False) -> dict[str, Any] | None:
+        """What compression has left out so far, for a checkpoint. Collective; not during ``backward()``.
+
+        It goes over the default process group, also after :meth:`close`.
+
+        Args:
+            per_rank: True for the memory of each rank, with which a run on the same number of nodes and ranks goes on
+                to the bit as if it had not been interrupted; its size is that of (M + 1) models in float32 with M nodes
+                (plus momentum, if that is corrected). False for one model copy, valid for any number of ranks.
+
+        Returns:
+            Tensors, numbers and strings on rank 0 (``torch.load`` with ``weights_only=True`` reads them); None on the
+            others, and without compression.
+        """
+        memory = self._exchange.memory
+        if memory is None:
+            return None
+        # Not over a group of its own: a checkpoint may be written after close().
+        group = dist.group.WORLD if self._mesh.world_size > 1 else None
+        return gather_state(memory, self._levels, group, per_rank=per_rank)
+
+    def load_state_dict(self, state: dict[str, Any]) -> bool:
+        """Go on from a checkpoint, on every rank, before the first ``backward()``.
+
+        Args:
+            state: What :meth:`state_dict` returned on rank 0.
+
+        Returns:
+            Whether the run goes on to the bit. If not, the sum of all residuals is preserved, and shared out anew.
+
+        Raises:
+            ValueError: If it does not fit the model.
+        """
+        memory = self._exchange.memory
+        if memory is None:
+            if self._mesh.rank == 0:
+                warnings.warn("gradients are no longer compressed: what they still owe is lost", stacklevel=2)
+            return False
+        return restore_state(memory, state, self._module, self._levels, self._mesh.rank, self._device)
+
+    @property
+    def _levels(self) -> tuple[int, int]:
+        return self._exchange.inner.size, self._exchange.outer.size
+
+    def stats(self) -> dict[str, Any]:
+        """The fields of :class:`CommunicationStats`: what this rank has done since the start."""
+        exchange = self._exchange
+        return asdict(
+            replace(
+                self._stats,
+                compression_ratio=exchange.dense_bytes / exchange.sent_bytes if exchange.sent_bytes else 1.0,
+                hidden_seconds=max(0.0, self._busy_seconds - self._stats.exposed_seconds),
+                residual_norm=exchange.memory.residual_norm() if exchange.memory else 0.0,
+            )
+        )
 
     def close(self, *, failed: bool = False) -> None:
         """End the thread and give up the process groups; a second call does nothing.
@@ -95,8 +221,9 @@ class GradientCommunicator:
         # A thread that waits for a dead peer cannot be woken; it is a daemon and must not hold up the exit.
         self._thread.join(timeout=1.0)
         if not (failed or self.error or self._thread.is_alive()):
-            self._collective.close()
-        del self._collective
+            self._exchange.close()
+            if self._everybody is not None and dist.is_initialized():
+                dist.destroy_process_group(self._everybody)
 
     def _start(self) -> None:
         """Start the thread, which shall compute with one core and leave the others to the backward pass."""
@@ -123,67 +250,115 @@ class GradientCommunicator:
             raise ValueError("sparse gradients cannot be exchanged: set sparse=False on the embedding")
         future: Future[Tensor] = Future(devices=[self._device]) if self._stream else Future()
         ready = torch.cuda.current_stream(self._device).record_event() if self._stream else None
-        self._queue.put(_Bucket(bucket.buffer(), bucket.parameters(), bucket.is_last(), future, ready))
+        if bucket.index() == 0 and self._loss_scale is not None:
+            self._scale = self._loss_scale()
+        if bucket.is_last():
+            self._last_bucket_came = time.perf_counter()
+        self._queue.put(_Bucket(bucket.buffer(), bucket.parameters(), bucket.is_last(), future, ready, self._scale))
         return future
 
     def _run(self) -> None:
-        with self._on_stream():
+        with self._on_stream(), torch.no_grad():
             while (bucket := self._queue.get()) is not None:
+                start = time.perf_counter()
                 try:
                     if self.error is not None:
                         raise self.error
-                    self._exchange(bucket)
+                    self._average(bucket)
                 except BaseException as error:
                     self._fail(error, bucket)
+                self._busy_seconds += time.perf_counter() - start
 
     def _on_stream(self) -> AbstractContextManager[object]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
-    def _exchange(self, bucket: "_Bucket") -> None:
+    def _average(self, bucket: "_Bucket") -> None:
         if bucket.ready is not None:
             assert self._stream is not None
             self._stream.wait_event(bucket.ready)
+        if not self._open:
+            self._exchange.begin_step(bucket.loss_scale)
+        self._open.append(bucket)
         self._stats.dense_bytes += bucket.buffer.nbytes
-        messages = self._plan(bucket)
-        bucket.unfinished = len(messages)
-        if not messages:  # empty parameters
-            bucket.future.set_result(bucket.buffer)
-        for message in messages:
-            steps = self._collective.mean(
-                message.load(bucket.buffer), self._compressor if message.compressed else None, self._stats
-            )
-            self._in_flight.append(_Transfer(message, bucket, steps))
+        bucket.plan = self._plan(bucket)
+        bucket.unfinished = len(bucket.plan.messages)
+        for message in bucket.plan.messages:
+            self._in_flight.append(_Transfer(bucket, average(self._exchange, message, bucket.buffer)))
             self._advance()
         # Which operations follow one another must be a function of the messages' numbers alone, the same on every rank.
         # So the pipeline is emptied after the last bucket, never because the queue happens to be empty here.
         if bucket.is_last:
-            self._stats.steps += 1
             while self._in_flight:
                 self._advance()
+            self._end_step()
+        elif not bucket.unfinished:  # empty parameters
+            self._finish(bucket)
 
-    def _plan(self, bucket: "_Bucket") -> list[Message]:
-        key = tuple((parameter.shape, parameter.dtype) for parameter in bucket.parameters)
+    def _plan(self, bucket: "_Bucket") -> Plan:
+        key = tuple(id(parameter) for parameter in bucket.parameters)
         if key not in self._plans:
+            exchange = self._exchange
             self._plans[key] = plan_messages(
-                bucket.parameters,
-                capacity=self._collective.capacity(bucket.buffer.element_size()),
-                shards=self._collective.shards,
-                block_size=self._compressor.block_size if self._compressor else None,
+                [(self._names[id(parameter)], parameter) for parameter in bucket.parameters],
+                layout=Layout(*self._levels),
+                compressor=exchange.compressor,
+                row_numel=self._row_bytes // bucket.buffer.element_size(),
+                region_numel=_CUDA_REGION_NUMEL if self._stream else _CPU_REGION_NUMEL,
             )
         return self._plans[key]
 
     def _advance(self) -> None:
-        """Take every message under way one step further, oldest first; all take the same number of steps."""
+        """Take every message under way one step further, oldest first."""
         for transfer in tuple(self._in_flight):
-            values = next(transfer.steps)
-            if values is None:
-                continue
-            self._in_flight.popleft()
-            bucket = transfer.bucket
-            transfer.message.store(values, bucket.buffer)
-            bucket.unfinished -= 1
-            if not bucket.unfinished:
-                bucket.future.set_result(bucket.buffer)
+            try:
+                next(transfer.steps)
+            except StopIteration:
+                self._in_flight.remove(transfer)
+                bucket = transfer.bucket
+                bucket.unfinished -= 1
+                # The last one waits until it is known whether the step was finite.
+                if not bucket.unfinished and not bucket.is_last:
+                    self._finish(bucket)
+
+    def _finish(self, bucket: "_Bucket") -> None:
+        self._correct_dense(bucket)
+        self._deliver(bucket)
+
+    def _correct_dense(self, bucket: "_Bucket") -> None:
+        memory = self._exchange.memory
+        if memory is not None:
+            assert bucket.plan is not None
+            for piece in bucket.plan.dense:
+                assert piece.region is not None
+                memory.correct_dense(piece.region, view(piece, bucket.buffer), bucket.loss_scale)
+
+    def _deliver(self, bucket: "_Bucket") -> None:
+        self._open.remove(bucket)
+        bucket.future.set_result(bucket.buffer)
+
+    def _end_step(self) -> None:
+        """Agree on whether the step counts, and deliver its last bucket."""
+        (last,) = self._open
+        memory = self._exchange.memory
+        self._stats.steps += 1
+        if memory is not None:
+            self._correct_dense(last)
+            self.finite = self._agree(self._exchange.finite)
+            if self.finite:
+                memory.commit()
+            else:
+                memory.roll_back()
+                self._stats.skipped_steps += 1
+        self._stats.exposed_seconds += time.perf_counter() - self._last_bucket_came
+        # Only now: backward() may return at once, and what it finds must be complete.
+        self._deliver(last)
+
+    def _agree(self, finite: bool) -> bool:
+        if self._everybody is None:
+            return finite
+        flag = torch.tensor([finite], dtype=torch.int32, device=self._device)
+        dist.all_reduce(flag, dist.ReduceOp.MIN, group=self._everybody)
+        return bool(flag.item())
 
     def _fail(self, error: BaseException, bucket: "_Bucket") -> None:
         if self.error is None:
@@ -192,24 +367,38 @@ class GradientCommunicator:
                 "connection was closed, another rank has stopped: the cause is the first error in that rank's output"
             )
             self.error.__cause__ = error
-        for waiting in {id(b): b for b in [bucket, *(transfer.bucket for transfer in self._in_flight)]}.values():
+        for waiting in [bucket, *self._open]:
             if not waiting.future.done():
                 waiting.future.set_exception(self.error)  # type: ignore[arg-type]  # torch's own annotation is wrong
         self._in_flight.clear()
+        self._open.clear()
 
 
-@dataclass
+@dataclass(eq=False)
 class _Bucket:
     buffer: Tensor
     parameters: list[Tensor]
     is_last: bool
     future: Future[Tensor]
     ready: "torch.cuda.Event | None"
+    loss_scale: float
+    plan: Plan | None = None
     unfinished: int = 0
 
 
-@dataclass
+@dataclass(eq=False)
 class _Transfer:
-    message: Message
     bucket: _Bucket
-    steps: Iterator[Tensor | None]
+    steps: Steps[None]
+
+
+def _check_placement(mesh: Mesh, on_cuda: bool, timeout: timedelta | None) -> dist.ProcessGroup | None:
+    """Make the group of all ranks, and see whether they are placed as ``mesh`` says."""
+    if mesh.world_size == 1:
+        return None
+    group = dist.new_group(backend="nccl" if on_cuda else "gloo", timeout=timeout)
+    mine = torch.tensor([node_identity()], dtype=torch.int64, device="cuda" if on_cuda else "cpu")
+    identities = [torch.empty_like(mine) for _ in range(mesh.world_size)]
+    dist.all_gather(identities, mine, group=group)
+    check_placement(mesh, [int(identity) for identity in identities])
+    return group

@@ -1,104 +1,245 @@
-"""How a bucket of gradients is cut into messages."""
+"""How a bucket of gradients is cut into messages, and who sums which part of them."""
 
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from danon_lightning.strategies.communication.compressors import Compressor, LinearCompressor
+from danon_lightning.strategies.communication.compressors.base import Region
 
 # Tensors smaller than this, and 1-D ones (biases, norms), are few in bytes and large in meaning: they travel dense.
 SMALLEST_COMPRESSED = 4096
 
 
 @dataclass(frozen=True)
+class Layout:
+    """The two levels as the planner sees them: L inner ranks (of a node) × M outer ones (equal local ranks)."""
+
+    inner: int
+    outer: int
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return self.inner * self.outer
+
+
+@dataclass(frozen=True)
 class Piece:
-    """``numel`` consecutive elements: where they lie in the bucket, and where in the message."""
+    """Consecutive elements of a bucket.
+
+    Attributes:
+        bucket_offset: Where they begin in the bucket.
+        numel: How many they are.
+        region: What they are of their parameter; None where that does not matter, because they travel dense.
+        region_offset: Where they begin in the region, if that consists of several pieces.
+    """
 
     bucket_offset: int
-    message_offset: int
     numel: int
+    region: Region | None = None
+    region_offset: int = 0
 
 
 @dataclass(frozen=True)
 class Message:
-    """What is exchanged at a time: pieces of one bucket, padded with zeros to ``numel`` elements."""
+    """What is exchanged at a time.
 
-    pieces: tuple[Piece, ...]
-    numel: int
-    compressed: bool
+    Attributes:
+        kind: How it is exchanged: "dense"; or as its compressor says, "reduce" or "gather".
+        parts: What inner rank l of every node sums over its node is ``parts[l]``. For "reduce" it has M elements: what
+            each outer rank sums of it over the nodes. Else it has one.
+    """
 
-    def load(self, bucket: Tensor) -> Tensor:
-        """The message's elements ``[numel]``: a view of ``bucket`` where they lie there in one piece, else a copy."""
-        if len(self.pieces) == 1 and self.pieces[0].numel == self.numel:
-            return bucket[self.pieces[0].bucket_offset :][: self.numel]
-        out = torch.zeros(self.numel, dtype=bucket.dtype, device=bucket.device)
-        for piece in self.pieces:
-            out[piece.message_offset :][: piece.numel] = bucket[piece.bucket_offset :][: piece.numel]
-        return out
+    kind: Literal["dense", "reduce", "gather"]
+    parts: tuple[tuple[tuple[Piece, ...], ...], ...]
 
-    def store(self, values: Tensor, bucket: Tensor) -> None:
-        """Write ``values [numel]`` back to where they came from, unless they are there already."""
-        if values.data_ptr() == bucket[self.pieces[0].bucket_offset :].data_ptr():
-            return
-        for piece in self.pieces:
-            bucket[piece.bucket_offset :][: piece.numel] = values[piece.message_offset :][: piece.numel]
+    @property
+    def rows(self) -> list[list[Piece]]:
+        """``rows[l]``: all that inner rank l sums over its node."""
+        return [[piece for part in row for piece in part] for row in self.parts]
 
 
-def plan_messages(parameters: Sequence[Tensor], *, capacity: int, shards: int, block_size: int | None) -> list[Message]:
+@dataclass(frozen=True)
+class LinearMessage:
+    """The regions of a bucket whose codes are summed (see :class:`LinearCompressor`).
+
+    Attributes:
+        fragments: The elements in portions, of which ``fragments[i][l]`` goes to inner rank l.
+        regions: ``regions[l]``: the regions of inner rank l and their shapes.
+    """
+
+    fragments: tuple[tuple[tuple[Piece, ...], ...], ...]
+    regions: tuple[tuple[tuple[Region, torch.Size], ...], ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What becomes of a bucket.
+
+    Attributes:
+        messages: All its messages.
+        dense: Its parameters that travel dense, one piece each.
+    """
+
+    messages: tuple[Message | LinearMessage, ...]
+    dense: tuple[Piece, ...]
+
+
+def plan_messages(
+    parameters: Sequence[tuple[str, Tensor]],
+    *,
+    layout: Layout,
+    compressor: Compressor | LinearCompressor | None,
+    row_numel: int,
+    region_numel: int,
+) -> Plan:
     """Cut a bucket into messages, the same on every rank.
 
     Args:
-        parameters: The bucket's parameters in the order in which their gradients lie in its buffer.
-        capacity: Elements of a message at most; rounded down to what can be shared out evenly in whole blocks.
-        shards: Each message is padded to a multiple of this, so that every rank sums an equal part.
-        block_size: Elements of a compressor's block, or None if all is dense. A parameter's blocks start at its first
-            element and its last block is padded, so their content is independent of the bucket.
-
-    Returns:
-        The compressed messages, then the dense ones.
+        parameters: Names and parameters in the order in which their gradients lie in the bucket.
+        layout: Sizes of the two levels.
+        compressor: What the large parameters are coded with; None if all is dense.
+        row_numel: Elements of a message at most that one inner rank sums.
+        region_numel: Elements of a region at most, where regions are not whole parameters.
     """
-    compressed, dense = _Packer(capacity, shards, block_size or 1), _Packer(capacity, shards, 1)
+    packer = _Packer(layout, compressor, row_numel, region_numel)
+    dense = []
     offset = 0
-    for parameter in parameters:
+    for name, parameter in parameters:
         # A bucket holds complex numbers as pairs of real ones, which have no blocks of their own.
         numel = parameter.numel() * (2 if parameter.is_complex() else 1)
-        big = parameter.dim() > 1 and numel >= SMALLEST_COMPRESSED and not parameter.is_complex()
-        (compressed if big and block_size is not None else dense).add(offset, numel)
+        if numel and not packer.add(name, parameter, offset):
+            dense.append(Piece(offset, numel, Region(name, 0, numel)))
         offset += numel
-    return compressed.messages(compressed=True) + dense.messages(compressed=False)
+    messages: list[Message | LinearMessage] = list(packer.messages())
+    messages += _dense_messages(_merge(dense), layout, row_numel * layout.inner)
+    return Plan(tuple(messages), tuple(dense))
 
 
 class _Packer:
-    """Fills messages of bounded size, each piece beginning at a multiple of ``align``."""
+    """Shares out large parameters among the ranks, and fills messages of bounded size with them.
 
-    def __init__(self, capacity: int, shards: int, align: int) -> None:
-        self._unit, self._align = shards * align, align
-        self._capacity = max(1, capacity // self._unit) * self._unit
-        self._packed: list[list[Piece]] = []
-        self._filled = self._capacity
+    Who sums what follows from the parameter alone: residuals belong to the rank that does it.
+    """
 
-    def add(self, bucket_offset: int, numel: int) -> None:
-        while numel:
-            if self._filled >= self._capacity:
-                self._packed.append([])
-                self._filled = 0
-            take = min(numel, self._capacity - self._filled)
-            pieces = self._packed[-1]
-            if self._align == 1 and pieces and pieces[-1].bucket_offset + pieces[-1].numel == bucket_offset:
-                last = pieces.pop()  # neighbours in the bucket are neighbours in the message: one copy serves both
-                pieces.append(Piece(last.bucket_offset, last.message_offset, last.numel + take))
+    def __init__(
+        self, layout: Layout, compressor: Compressor | LinearCompressor | None, row_numel: int, region_numel: int
+    ) -> None:
+        self._layout, self._compressor, self._row_numel = layout, compressor, row_numel
+        self._region_numel = region_numel
+        self._reduces = isinstance(compressor, Compressor) and compressor.exchange == "reduce"
+        self._whole = isinstance(compressor, LinearCompressor) and compressor.whole_parameters
+        shares = layout.size if self._reduces else layout.inner
+        self._pieces: list[list[Piece]] = [[] for _ in range(shares)]
+        self._shapes: dict[Region, torch.Size] = {}
+
+    def add(self, name: str, parameter: Tensor, bucket_offset: int) -> bool:
+        """Take the parameter, unless it is to travel dense."""
+        numel, compressor = parameter.numel(), self._compressor
+        if compressor is None or parameter.dim() < 2 or numel < SMALLEST_COMPRESSED or parameter.is_complex():
+            return False
+        if isinstance(compressor, LinearCompressor) and compressor.code_numel(parameter.shape) is None:
+            return False
+        shares = len(self._pieces)
+        alignment = compressor.alignment if isinstance(compressor, Compressor) else 1
+        # In whole blocks; the first block goes to a rank that depends on the name, or small parameters would all
+        # burden the first ranks. (hash() differs between processes.)
+        length = numel if self._whole else -(-numel // (shares * alignment)) * alignment
+        first = zlib.crc32(name.encode())
+        for index, start in enumerate(range(0, numel, length)):
+            share = self._pieces[(first + index) % shares]
+            stop = min(numel, start + length)
+            if isinstance(compressor, LinearCompressor):
+                region = Region(name, start, stop)
+                self._shapes[region] = parameter.shape if self._whole else torch.Size([region.numel])
+                share += [
+                    Piece(bucket_offset + start + at, size, region, at)
+                    for at, size in _runs(region.numel, self._row_numel)
+                ]
             else:
-                pieces.append(Piece(bucket_offset, self._filled, take))
-            self._filled += _round_up(take, self._align)
-            bucket_offset, numel = bucket_offset + take, numel - take
+                longest = min(self._region_numel, self._row_numel // (shares // self._layout.inner))
+                longest = longest // alignment * alignment
+                share += [
+                    Piece(bucket_offset + start + at, size, Region(name, start + at, start + at + size))
+                    for at, size in _runs(stop - start, max(longest, alignment))
+                ]
+        return True
 
-    def messages(self, *, compressed: bool) -> list[Message]:
-        out = []
-        for pieces in self._packed:
-            end = pieces[-1].message_offset + pieces[-1].numel
-            out.append(Message(tuple(pieces), _round_up(end, self._unit), compressed))
-        return out
+    def messages(self) -> Iterable[Message | LinearMessage]:
+        inner = self._layout.inner
+        per_inner = len(self._pieces) // inner
+        portions = _portions(self._pieces, self._row_numel // per_inner)
+        # Share number l · M + m belongs to inner rank l of outer rank m.
+        cut = [tuple(tuple(p[l * per_inner : (l + 1) * per_inner]) for l in range(inner)) for p in portions]  # noqa: E741
+        if not cut:
+            return
+        if isinstance(self._compressor, LinearCompressor):
+            shapes = self._shapes
+            regions = [dict.fromkeys(p.region for p in share if p.region is not None) for share in self._pieces]
+            yield LinearMessage(
+                tuple(tuple(row[0] for row in parts) for parts in cut),
+                tuple(tuple((region, shapes[region]) for region in share) for share in regions),
+            )
+            return
+        for parts in cut:
+            yield Message("reduce" if self._reduces else "gather", parts)
 
 
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
+def _portions(shares: list[list[Piece]], capacity: int) -> list[list[tuple[Piece, ...]]]:
+    """Cut each share into runs of pieces of at most ``capacity`` elements; portion i has the i-th run of all."""
+    runs: list[list[tuple[Piece, ...]]] = []
+    for share in shares:
+        cut: list[list[Piece]] = []
+        room = 0
+        for piece in share:
+            if not cut or piece.numel > room:
+                cut.append([])
+                room = capacity
+            cut[-1].append(piece)
+            room -= piece.numel
+        runs.append([tuple(run) for run in cut])
+    return [[run[i] if i < len(run) else () for run in runs] for i in range(max(map(len, runs), default=0))]
+
+
+def _dense_messages(pieces: list[Piece], layout: Layout, capacity: int) -> Iterable[Message]:
+    """Messages of at most ``capacity`` elements, each shared out evenly."""
+    count = -(-sum(piece.numel for piece in pieces) // capacity)
+    for portion in split_pieces(pieces, count, capacity):
+        total = sum(piece.numel for piece in portion)
+        shares = split_pieces(portion, layout.inner, -(-total // layout.inner))
+        yield Message("dense", tuple((share,) for share in shares))
+
+
+def split_pieces(pieces: Iterable[Piece], count: int, length: int) -> list[tuple[Piece, ...]]:
+    """Share pieces out in their order: ``length`` elements for each of ``count``; the last ones get the rest."""
+    shares: list[list[Piece]] = [[] for _ in range(count)]
+    filled = 0
+    for piece in pieces:
+        done = 0
+        while done < piece.numel:
+            take = min(piece.numel - done, length - filled % length)
+            shares[filled // length].append(Piece(piece.bucket_offset + done, take))
+            done, filled = done + take, filled + take
+    return [tuple(share) for share in shares]
+
+
+def _merge(pieces: list[Piece]) -> list[Piece]:
+    """Join neighbours, so that one copy serves both."""
+    merged: list[Piece] = []
+    for piece in pieces:
+        if merged and merged[-1].bucket_offset + merged[-1].numel == piece.bucket_offset:
+            last = merged.pop()
+            merged.append(Piece(last.bucket_offset, last.numel + piece.numel))
+        else:
+            merged.append(Piece(piece.bucket_offset, piece.numel))
+    return merged
+
+
+def _runs(numel: int, longest: int) -> list[tuple[int, int]]:
+    """(start, length) of consecutive runs."""
+    return [(start, min(longest, numel - start)) for start in range(0, numel, longest)]

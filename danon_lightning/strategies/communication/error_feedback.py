@@ -1,0 +1,373 @@
+"""What compression leaves out is not lost: it is kept and added to the next step."""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from danon_lightning.strategies.communication.compressors import Compressor, LinearCompressor
+from danon_lightning.strategies.communication.compressors.base import Context, Region
+
+Role = Literal["worker", "server"]
+
+
+class MomentumSource(Protocol):
+    """An optimizer whose momentum is exchanged in place of the gradient (see :class:`OneBitAdam`)."""
+
+    @property
+    def frozen(self) -> bool:
+        """Whether it is time to; the same on all ranks. Before, everything travels dense, as it is."""
+
+    def blend(self, parameter: Tensor, start: int, stop: int, gradient: Tensor, share: float) -> None:
+        """Make share · β·m + (1−β)·g of a part of a gradient, in place."""
+
+
+@dataclass(frozen=True)
+class ErrorFeedback:
+    """How the error of compression is fed back.
+
+    Whoever codes values v with a residual e sends C(v + γ·e) and keeps v + γ·e − C(v + γ·e): the *worker*, who codes
+    the sum over its node, and in exchanges that code twice also the *server*, who codes the sum over all nodes.
+
+    With ``momentum`` this is Deep Gradient Compression, which brings Top-K with SGD to dense quality. A plain optimizer
+    would apply its momentum when an element is sent at last, steps late; so momentum is gathered before elements are
+    chosen: u ← m·u + g, and v = u takes part in the above. Where an element is sent, u is cleared too (factor masking),
+    for its momentum is stale. The optimizer must then be SGD *without* momentum. What travels dense gets ordinary
+    momentum, on all ranks alike.
+
+    Args:
+        decay: γ, in [0, 1]. Below 1, old errors fade; nothing is conserved then.
+        flush_every: Number of steps after which everything kept is sent at once, dense, so that no element stays behind
+            for long; None for never.
+        momentum: m, in [0, 1); None for no momentum correction.
+        clip_norm: Largest 2-norm of a parameter's gradient, clipped on each node before it is gathered (where several
+            ranks share a parameter, each clips its part to its share). Clipping after the exchange, as Lightning does
+            it, would clip momentum too. None for no clipping.
+
+    Raises:
+        ValueError: If an argument lies outside its range.
+
+    Reference:
+        Karimireddy et al., "Error Feedback Fixes SignSGD and other Gradient Compression Schemes", ICML 2019
+        (arXiv:1901.09847); Tang et al., "DoubleSqueeze", ICML 2019 (arXiv:1905.05957) for the server's side; Lin et
+        al., "Deep Gradient Compression", ICLR 2018 (arXiv:1712.01887) for momentum correction, masking and local
+        clipping.
+    """
+
+    decay: float = 1.0
+    flush_every: int | None = None
+    momentum: float | None = None
+    clip_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if not 0 <= self.decay <= 1:
+            raise ValueError(f"decay={self.decay} must lie in [0, 1]; 1 keeps errors in full")
+        if self.flush_every is not None and self.flush_every < 1:
+            raise ValueError(f"flush_every={self.flush_every} must be at least 1 step, or None for never")
+        if self.momentum is not None and not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum={self.momentum} must lie in [0, 1), or be None for no momentum correction")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise ValueError(f"clip_norm={self.clip_norm} must be positive, or None for no clipping")
+
+
+def resolve_error_feedback(
+    error_feedback: "bool | Literal['auto'] | ErrorFeedback", compressor: Compressor | LinearCompressor | None
+) -> ErrorFeedback | None:
+    """What a user wrote as ``error_feedback``: None if there is to be none.
+
+    Raises:
+        ValueError: If it is none of the above, or is asked for without a compressor.
+    """
+    if (
+        isinstance(error_feedback, str)
+        and error_feedback != "auto"
+        or not isinstance(error_feedback, bool | str | ErrorFeedback)
+    ):
+        raise ValueError(f"error_feedback={error_feedback!r} must be True, False, 'auto' or an ErrorFeedback")
+    if compressor is None:
+        if error_feedback in (False, "auto"):
+            return None
+        raise ValueError("error_feedback needs a compression: dense gradients have no error. Leave it at 'auto'")
+    if isinstance(error_feedback, ErrorFeedback):
+        return error_feedback
+    if error_feedback == "auto":
+        error_feedback = compressor.needs_error_feedback
+    return ErrorFeedback() if error_feedback else None
+
+
+@dataclass
+class _Slot:
+    """The memory of one region in one role. ``new_…`` become valid when the step is committed."""
+
+    residual: Tensor | None = None
+    new_residual: Tensor | None = None
+    momentum: Tensor | None = None
+    new_momentum: Tensor | None = None
+    state: dict[str, Tensor | float] | None = None
+    new_state: dict[str, Tensor | float] | None = None
+    touched: bool = False
+    seeds: tuple[int, int] | None = None  # of this rank alone, and of all that exchange the region
+
+    def commit(self) -> None:
+        if self.touched:
+            self.residual, self.new_residual = self.new_residual, self.residual
+            self.momentum, self.new_momentum = self.new_momentum, self.momentum
+            self.state = self.new_state or self.state
+        self.touched = False
+
+
+class Memory:
+    """All that a rank remembers from step to step: residuals, momentum, and the compressor's own state, by region.
+
+    A step writes to second buffers, which become the first ones once all ranks agree that its gradients are finite
+    (:meth:`commit`); otherwise it is as if the step had never been (:meth:`roll_back`).
+
+    Args:
+        compressor: What codes the regions.
+        feedback: How errors are fed back; None if they are forgotten.
+        index: Which of the ranks that exchange the same regions this one is.
+        groups: How many they are.
+        parameters: The model's parameters by name.
+    """
+
+    def __init__(
+        self,
+        compressor: Compressor | LinearCompressor,
+        feedback: ErrorFeedback | None,
+        index: int,
+        groups: int,
+        parameters: dict[str, Tensor],
+    ) -> None:
+        """See the class."""
+        self.compressor, self.feedback, self.index, self.groups = compressor, feedback, index, groups
+        self._parameters = parameters
+        self._numels = {name: parameter.numel() for name, parameter in parameters.items()}
+        self.step = 0
+        self._momentum_source: MomentumSource | None = None
+        self._slots: dict[tuple[str, Region], _Slot] = {}
+        # Mean residuals and momenta from a checkpoint, by parameter, until the regions that they belong to turn up.
+        self._owed: dict[str, dict[str, Tensor]] = {"residual": {}, "momentum": {}}
+
+    def exchange_momentum_of(self, source: MomentumSource) -> None:
+        """Exchange an optimizer's momentum in place of gradients, from the moment on when it says so."""
+        self._momentum_source = source
+
+    @property
+    def flushes(self) -> bool:
+        """Whether this step sends everything dense, and all that is kept with it."""
+        if self._momentum_source is not None and not self._momentum_source.frozen:
+            return True
+        every = self.feedback.flush_every if self.feedback else None
+        return every is not None and (self.step + 1) % every == 0
+
+    def encode(self, role: Role, region: Region, values: Tensor, payload: Tensor) -> None:
+        """Code ``values`` (float32 ``[n]``, changed on the way) into ``payload``, feeding errors back."""
+        assert isinstance(self.compressor, Compressor)
+        slot = self._touch(role, region)
+        context = self._context(role, region, slot)
+        if role == "worker":
+            self._correct(region, values, slot)
+        if self.feedback is None:
+            self.compressor.encode(values, payload, context)
+        else:
+            residual, new_residual = self._residuals(role, region, slot, values.device)
+            self.compressor.encode_with_feedback(values, residual, self.feedback.decay, new_residual, payload, context)
+            if slot.new_momentum is not None and role == "worker":
+                slot.new_momentum.mul_(new_residual != 0)  # factor masking
+        slot.new_state = context.new_state
+
+    def compensate(self, role: Role, region: Region, values: Tensor) -> None:
+        """Add to ``values`` what is owed, which is thereby sent in full."""
+        slot = self._touch(role, region)
+        if role == "worker":
+            self._correct(region, values, slot)
+        if self.feedback is None:
+            return
+        residual, new_residual = self._residuals(role, region, slot, values.device)
+        values.add_(residual, alpha=self.feedback.decay)
+        new_residual.zero_()
+
+    def rounds(self, region: Region, values: Tensor) -> "LinearRounds":
+        """Begin to code ``values`` (float32 of the region's shape, changed on the way) in rounds of sums."""
+        slot = self._touch("worker", region)
+        return LinearRounds(self, region, slot, values)
+
+    def decoding_context(self, region: Region) -> Context:
+        """What a :class:`LinearCompressor` may know when it decodes."""
+        return Context(self.step, shared_seed=_at_step(_seed(region), self.step))
+
+    def correct_dense(self, region: Region, values: Tensor, loss_scale: float) -> None:
+        """Clip a dense mean gradient (any float type), and give it the momentum, as compressed ones get it."""
+        feedback = self.feedback
+        gathers = feedback is not None and feedback.momentum is not None
+        clips = feedback is not None and feedback.clip_norm is not None
+        if not (gathers or clips or self._exchanges_momentum):
+            return
+        wide = values.float().div(loss_scale)
+        self._clip(region, wide, 1)
+        if self._exchanges_momentum:
+            self._blend(region, wide, 1.0)
+        elif gathers:
+            self._gather_momentum(region, wide, self._touch("dense", region))
+        values.copy_(wide.mul_(loss_scale))
+
+    def commit(self) -> None:
+        """Make the step's changes valid."""
+        for slot in self._slots.values():
+            slot.commit()
+        self.step += 1
+        for owed in self._owed.values():
+            owed.clear()  # every region has turned up by now
+
+    def roll_back(self) -> None:
+        """Forget the step's changes."""
+        for slot in self._slots.values():
+            slot.touched = False
+
+    def residual_norm(self) -> float:
+        """2-norm of this rank's residuals."""
+        squares = [slot.residual.norm().square() for slot in self._slots.values() if slot.residual is not None]
+        return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+
+    def items(self, kind: Literal["residual", "momentum"]) -> Iterator[tuple[str, Region, Tensor]]:
+        """(role, region, tensor) of everything kept."""
+        for (role, region), slot in self._slots.items():
+            tensor = slot.residual if kind == "residual" else slot.momentum
+            if tensor is not None:
+                yield role, region, tensor
+
+    def states(self) -> Iterator[tuple[str, Region, dict[str, Tensor | float]]]:
+        """(role, region, state) of the compressor's own memory."""
+        for (role, region), slot in self._slots.items():
+            if slot.state:
+                yield role, region, slot.state
+
+    def restore(
+        self,
+        role: str,
+        region: Region,
+        *,
+        residual: Tensor | None = None,
+        momentum: Tensor | None = None,
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        """Set what is kept of a region."""
+        slot = self._slots.setdefault((role, region), _Slot())
+        slot.residual = residual if residual is not None else slot.residual
+        slot.momentum = momentum if momentum is not None else slot.momentum
+        slot.state = state if state is not None else slot.state
+
+    def owe(self, kind: Literal["residual", "momentum"], parameter: str, total: Tensor) -> None:
+        """Take a share of a whole parameter's residual or momentum, whoever turns out to own which region of it."""
+        self._owed[kind][parameter] = total
+
+    def _touch(self, role: str, region: Region) -> _Slot:
+        slot = self._slots.setdefault((role, region), _Slot())
+        slot.touched, slot.new_state = True, None
+        return slot
+
+    def _context(self, role: str, region: Region, slot: _Slot) -> Context:
+        if slot.seeds is None:
+            slot.seeds = _seed(region, role, self.index), _seed(region)
+        own, shared = (_at_step(seed, self.step) for seed in slot.seeds)
+        return Context(self.step, seed=own, shared_seed=shared, state=slot.state or {})
+
+    def _correct(self, region: Region, values: Tensor, slot: _Slot) -> None:
+        """Turn the gradient of a node into what is to be compressed."""
+        # The sum over M nodes of shares clipped to c/√M has a norm of about c, if they are independent.
+        self._clip(region, values, self.groups)
+        if self._exchanges_momentum:
+            self._blend(region, values, 1 / self.groups)
+        elif self.feedback is not None and self.feedback.momentum is not None:
+            self._gather_momentum(region, values, slot)
+
+    @property
+    def _exchanges_momentum(self) -> bool:
+        return self._momentum_source is not None and self._momentum_source.frozen
+
+    def _blend(self, region: Region, values: Tensor, share: float) -> None:
+        assert self._momentum_source is not None
+        self._momentum_source.blend(self._parameters[region.parameter], region.start, region.stop, values, share)
+
+    def _clip(self, region: Region, values: Tensor, groups: int) -> None:
+        if self.feedback is not None and self.feedback.clip_norm is not None:
+            part = region.numel / self._numels[region.parameter]
+            limit = self.feedback.clip_norm * math.sqrt(part / groups)
+            values.mul_((limit / values.norm().clamp_min(1e-30)).clamp_max(1.0))
+
+    def _gather_momentum(self, region: Region, values: Tensor, slot: _Slot) -> None:
+        assert self.feedback is not None and self.feedback.momentum is not None
+        if slot.momentum is None:
+            slot.momentum = self._share_of("momentum", region, values.device)
+        if slot.new_momentum is None:
+            slot.new_momentum = torch.empty_like(slot.momentum)
+        torch.mul(slot.momentum, self.feedback.momentum, out=slot.new_momentum)
+        values.copy_(slot.new_momentum.add_(values))
+
+    def _residuals(self, role: Role, region: Region, slot: _Slot, device: torch.device) -> tuple[Tensor, Tensor]:
+        if slot.residual is None:
+            # The server's residual is paid back by the workers too.
+            slot.residual = (
+                self._share_of("residual", region, device)
+                if role == "worker"
+                else torch.zeros(region.numel, device=device)
+            )
+        if slot.new_residual is None:
+            slot.new_residual = torch.empty_like(slot.residual)
+        return slot.residual, slot.new_residual
+
+    def _share_of(self, kind: str, region: Region, device: torch.device) -> Tensor:
+        total = self._owed[kind].get(region.parameter)
+        if total is None:
+            return torch.zeros(region.numel, device=device)
+        return (total[region.start : region.stop] / self.groups).to(device)
+
+
+class LinearRounds:
+    """The sums that one region takes, one after another."""
+
+    def __init__(self, memory: Memory, region: Region, slot: _Slot, values: Tensor) -> None:
+        """See :meth:`Memory.rounds`."""
+        self._memory, self._slot, self._values = memory, slot, values
+        compressor, feedback = memory.compressor, memory.feedback
+        assert isinstance(compressor, LinearCompressor)
+        self._context = memory._context("worker", region, slot)
+        flat = values.view(-1)
+        memory._correct(region, flat, slot)
+        if feedback is not None:
+            residual, self._new_residual = memory._residuals("worker", region, slot, values.device)
+            flat.add_(residual, alpha=feedback.decay)
+        self._rounds = compressor.rounds(values, self._context, feedback=feedback is not None)
+        self.code: Tensor | None = None
+
+    def start(self) -> Tensor:
+        """The first tensor to be summed."""
+        return next(self._rounds)
+
+    def resume(self, total: Tensor) -> Tensor | None:
+        """Take the sum of the last one; returns the next, or None when ``code`` is there."""
+        try:
+            return self._rounds.send(total)
+        except StopIteration as stop:
+            self.code, sent = stop.value
+            if self._memory.feedback is not None:
+                torch.sub(self._values.view(-1), sent.reshape(-1), out=self._new_residual)
+                if self._slot.new_momentum is not None:
+                    self._slot.new_momentum.mul_(self._new_residual != 0)  # factor masking
+            self._slot.new_state = self._context.new_state
+            return None
+
+
+def _seed(*parts: object) -> int:
+    """The same in every process, unlike ``hash``."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest(), "little")
+
+
+def _at_step(seed: int, step: int) -> int:
+    """Another seed for each step: hashing anew would take longer than coding a small region."""
+    return (seed + step * 0x9E3779B97F4A7C15) % (1 << 63)
