@@ -1,0 +1,1 @@
+"""``danon-bench communication``: what exchanging gradients costs, by algorithm and bandwidth."""
