@@ -1,10 +1,16 @@
 """What the documentation shows is run."""
 
+import inspect
+import math
 import re
+import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
+
+from danon_lightning.testing import launch_ranks, run_distributed
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -15,12 +21,27 @@ def python_block(page: str, containing: str) -> str:
     return block
 
 
+def run_block(page: str, containing: str, names: dict[str, object] | None = None) -> dict[str, object]:
+    """Run a block after others whose ``names`` it goes on from; returns the names that there are then."""
+    names = {"__name__": "docs_example"} if names is None else names
+    exec(compile(python_block(page, containing), page, "exec", dont_inherit=True), names)
+    return names
+
+
+def tables(page: str) -> list[list[list[str]]]:
+    """All tables of a page, as rows of cells; without the line under the head."""
+    found = re.findall(r"(?:^\|.*\|\n)+", (DOCS / page).read_text(), flags=re.MULTILINE)
+    return [
+        [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines() if "---" not in row]
+        for table in found
+    ]
+
+
 def test_the_example_of_a_variant_is_causal_and_streams_like_its_parallel_form(monkeypatch):
     from danon_lightning.attention import available_variants, registry
 
     monkeypatch.setattr(registry, "_variants", dict(registry._variants))
-    names: dict[str, object] = {"__name__": "docs_example"}
-    exec(compile(python_block("attention.md", "register_variant("), "attention.md", "exec", dont_inherit=True), names)
+    names = run_block("attention.md", "register_variant(")
     assert "mean" in available_variants()
     model = names["model"]
     tokens = torch.randint(0, 256, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -36,8 +57,181 @@ def test_the_example_of_a_variant_is_causal_and_streams_like_its_parallel_form(m
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-5)
 
 
+# ---- a compressor of one's own
+
+
+def ternary():
+    return run_block("compressors.md", "class TernaryCompressor")["TernaryCompressor"]()
+
+
+def test_the_example_of_a_compressor_is_as_short_as_the_page_says():
+    assert len(python_block("compressors.md", "class TernaryCompressor").splitlines()) < 40
+
+
+@pytest.mark.parametrize("numel", [1, 255, 256, 257, 5000])
+def test_the_example_of_a_compressor_keeps_to_the_rules(numel):
+    from danon_lightning.strategies.communication.compressors.base import Context
+
+    compressor, generator = ternary(), torch.Generator().manual_seed(0)
+    payload = torch.full((compressor.payload_bytes(numel, 0),), 0xAA, dtype=torch.uint8)
+    other, out = torch.zeros_like(payload), torch.full((numel,), torch.nan)
+    assert payload.numel() <= 4 * numel + 64
+    values = torch.randn(numel, generator=generator)
+    for target in (payload, other):
+        compressor.encode(values, target, Context())
+    assert torch.equal(payload, other), "all of the payload is written"
+    compressor.decode(payload, out)
+    assert (out - values).square().sum() < 0.5 * values.square().sum()
+    onto = torch.ones(numel)
+    compressor.decode(payload, onto, add=True)
+    assert torch.equal(onto, out + 1)
+    for bad in (math.nan, math.inf, -math.inf):
+        values[numel // 2] = bad
+        compressor.encode(values, payload, Context())
+        compressor.decode(payload, out)
+        assert not out[numel // 2].isfinite()
+        assert (~out.isfinite()).sum() <= 256
+
+
+def train_with_the_example_of_a_compressor():
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    from danon_lightning.strategies import GradientCommunicator, Mesh
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 1))
+    weight = model[0].weight
+    ddp = DistributedDataParallel(model)
+    mesh = Mesh.from_world(dist.get_world_size(), 1, dist.get_rank())
+    communicator = GradientCommunicator(ddp, mesh, compression=ternary())
+    ddp.register_comm_hook(communicator, communicator.hook)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.02)
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    losses, due, applied = [], torch.zeros(weight.shape), torch.zeros(weight.shape)
+    for _ in range(150):
+        x = torch.randn(32, 64, generator=generator)
+        y = x[:, :1] - x[:, 1:2]
+        due += torch.autograd.grad((model(x) - y).square().mean(), weight)[0] / dist.get_world_size()
+        optimizer.zero_grad()
+        loss = (ddp(x) - y).square().mean()
+        loss.backward()
+        assert communicator.finite
+        applied += weight.grad
+        optimizer.step()
+        losses.append(loss.item())
+    memory, stats = communicator.state_dict(), communicator.stats()
+    communicator.close()
+    return losses, due, applied, memory, stats, [p.detach().clone() for p in model.parameters()]
+
+
+def test_the_example_of_a_compressor_trains_with_error_feedback():
+    first, second = run_distributed(train_with_the_example_of_a_compressor, 2)
+    for one, other in zip(first[-1], second[-1], strict=True):
+        assert torch.equal(one, other)
+    for losses, _, _, _, stats, _ in (first, second):
+        assert sum(losses[-10:]) < 0.1 * sum(losses[:10])
+        assert stats["compression_ratio"] > 8
+        assert stats["residual_norm"] > 0
+    due, applied = first[1] + second[1], first[2]
+    kept = first[3]["mean"]["residual"]["0.weight"].view(due.shape)
+    torch.testing.assert_close(applied + kept, due, rtol=0, atol=1e-5 * float(due.abs().max()))
+    assert kept.norm() > 1e-3 * due.norm()
+
+
+# ---- "My network is slow"
+
+
+def run_the_lightning_examples():
+    names, losses = {"__name__": "docs_example"}, []
+    for containing in ("class ExchangeReport", "class RegressionSGD", "class RegressionOneBit"):
+        run_block("slow_network.md", containing, names)
+        trainer = names["trainer"]
+        losses.append(float(trainer.callback_metrics["loss"]))
+        assert trainer.strategy.communication_stats()["compression_ratio"] > 1.5
+    return losses
+
+
+def test_the_lightning_examples_train(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for losses in run_distributed(run_the_lightning_examples, 2, timeout=200):
+        assert all(loss < 0.3 for loss in losses), losses  # of 1.06 for a model that answers 0
+
+
+def test_the_script_without_lightning_trains_and_resumes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.py").write_text(python_block("slow_network.md", "# train.py"))
+    environment = {"GROUP_WORLD_SIZE": "1"}
+    reached = []
+    for _ in range(2):
+        for rank in launch_ranks([sys.executable, "train.py"], ranks_per_node=2, env=environment):
+            assert rank.returncode == 0, rank.stderr
+            reached += re.findall(r"step (\d+), loss ([\d.]+)", rank.stdout)
+    assert [int(step) for step, _ in reached] == [100, 200]
+    assert float(reached[1][1]) < 0.2
+
+
+def bytes_from_a_node(compression, nodes, shape):
+    """For each element."""
+    from danon_lightning.strategies import LinearCompressor
+    from danon_lightning.strategies.communication import get_compressor
+
+    compressor, numel, reduced = get_compressor(compression), shape.numel(), 2 * (nodes - 1) / nodes
+    if compressor is None:
+        return reduced * 4
+    if isinstance(compressor, LinearCompressor):
+        return reduced * 4 * compressor.code_numel(shape) / numel
+    code = compressor.payload_bytes(numel, 0) / numel
+    return code * (nodes - 1) if compressor.exchange == "gather" else reduced * code
+
+
+def test_the_table_of_bytes_is_what_compressors_send():
+    from danon_lightning.strategies import TopKCompressor, available_compressors
+
+    [(head, *rows)] = [table for table in tables("slow_network.md") if "2 nodes" in table[0]]
+    listed = set()
+    for label, *cells in rows:
+        for name in re.findall(r"`(\w+)`", label):
+            compression = {"None": None}.get(name, TopKCompressor(0.001) if "0.1 %" in label else name)
+            listed.add(name)
+            for nodes, cell in zip(head[1:], cells, strict=True):
+                expected = bytes_from_a_node(compression, int(nodes.split()[0]), torch.Size([1024, 1024]))
+                assert float(cell) == pytest.approx(expected, rel=0.005), (label, nodes)
+    assert listed == {"None", *available_compressors()}
+
+
+# ---- what is listed
+
+
+def test_the_catalogue_of_compressors_is_complete_and_its_defaults_are_true():
+    from danon_lightning.strategies import available_compressors
+    from danon_lightning.strategies.communication import get_compressor
+
+    [(_, *rows)] = [table for table in tables("compressors.md") if table[0][0] == "`compression=`"]
+    assert {row[0].strip('`"') for row in rows} == set(available_compressors())
+    for name, call, _, _, feedback, _ in rows:
+        compressor = get_compressor(name.strip('`"'))
+        arguments = inspect.signature(type(compressor)).parameters.values()
+        assert call == f"`{type(compressor).__name__}({', '.join(f'{a.name}={a.default!r}' for a in arguments)})`"
+        assert feedback == ("on" if compressor.needs_error_feedback else "off")
+
+
+def test_all_statistics_are_listed():
+    from danon_lightning.strategies.communication.stats import CommunicationStats
+
+    [(_, *rows)] = [table for table in tables("strategy.md") if table[0][0] == "Field"]
+    listed = {name for row in rows for name in re.findall(r"`(\w+)`", row[0])}
+    assert listed == {field.name for field in fields(CommunicationStats)}
+
+
 @pytest.mark.parametrize("page", sorted(path.name for path in DOCS.glob("*.md")) + ["../README.md"])
 def test_links_lead_somewhere(page):
     text = (DOCS / page).read_text()
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
-        assert (DOCS / page).parent.joinpath(target).exists(), f"{page} links to {target}"
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text):
+        found = (DOCS / page).parent / target if target else DOCS / page
+        assert found.exists(), f"{page} links to {target}"
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", found.read_text(), flags=re.MULTILINE)
+            # As GitHub makes them.
+            anchors = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert anchor in anchors, f"{page} links to {target}#{anchor}, which has {anchors}"

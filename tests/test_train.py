@@ -70,10 +70,15 @@ def test_two_ranks_train_log_and_checkpoint(tmp_path, cache):
     assert sample.startswith(b"    def ")
 
 
-@pytest.mark.parametrize("strategy", ["hybrid", "hybrid_int8"])
+@pytest.mark.parametrize(
+    "strategy",
+    [["hybrid"], ["hybrid_int8"], ["hybrid_topk", "strategy.residual_checkpoint=per_rank"]],
+    ids=lambda strategy: strategy[0],
+)
 def test_a_resumed_run_repeats_an_uninterrupted_one_to_the_digit(tmp_path, cache, strategy):
+    name, *settings = strategy
     common = [
-        "experiment=smoke", f"strategy={strategy}", "logger=csv", "callbacks=quiet", f"data.cache_dir={cache}",
+        "experiment=smoke", f"strategy={name}", *settings, "logger=csv", "callbacks=quiet", f"data.cache_dir={cache}",
         "callbacks.checkpoint.save_top_k=-1", "model.config.dropout=0.0",
     ]  # fmt: skip
     whole = danon_train(tmp_path, *common, "name=whole")
@@ -84,6 +89,52 @@ def test_a_resumed_run_repeats_an_uninterrupted_one_to_the_digit(tmp_path, cache
     expected = losses(tmp_path / "runs/whole/version_0")
     assert sorted(expected) == [0, 1, 2, 3, 4, 5]
     assert losses(tmp_path / "runs/rest/version_0") == {step: expected[step] for step in (3, 4, 5)}
+
+
+WITHOUT_CLIPPING = "trainer.gradient_clip_val=null"
+
+
+@pytest.mark.parametrize(
+    ("strategy", "overrides"),
+    [
+        ("hybrid_powersgd", []),
+        ("hybrid_sign", ["model.optimizer.name=onebit_adam", "model.optimizer.freeze_step=3", WITHOUT_CLIPPING]),
+        ("hybrid_dgc", ["model.optimizer.name=sgd", "model.optimizer.momentum=0", WITHOUT_CLIPPING]),
+    ],
+)
+def test_presets_of_compression_train(tmp_path, cache, strategy, overrides):
+    quiet = ["logger=csv", "callbacks=quiet", f"data.cache_dir={cache}"]
+    done = danon_train(tmp_path, "experiment=smoke", f"strategy={strategy}", *overrides, *quiet)
+    assert done.returncode == 0, done.stderr
+    loss = losses(tmp_path / "runs/msra/version_0")
+    assert float(loss[5]) < float(loss[0])
+
+
+def test_a_compression_that_would_spoil_training_is_refused(tmp_path, cache):
+    done = danon_train(tmp_path, "experiment=smoke", "strategy=hybrid_sign", f"data.cache_dir={cache}")
+    assert done.returncode != 0
+    assert re.search("compression='sign' cannot be used with AdamW.*Use danon_lightning.optim.OneBitAdam", done.stderr)
+
+
+OWN_STRATEGY = "defaults:\n  - hybrid\ncompression:\n  _target_: my_package.TernaryCompressor\n"
+
+
+def test_a_compressor_of_ones_own_is_allowed_by_its_package(tmp_path, cache, monkeypatch):
+    page = Path(__file__).parents[1] / "docs/compressors.md"
+    [example] = [b for b in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL) if "class Ternary" in b]
+    assert OWN_STRATEGY in page.read_text()
+    (tmp_path / "my_package.py").write_text(example)
+    (tmp_path / "conf/strategy").mkdir(parents=True)
+    (tmp_path / "conf/strategy/ternary.yaml").write_text(OWN_STRATEGY)
+    common = ["--config-dir", "conf", "experiment=smoke", "strategy=ternary", f"data.cache_dir={cache}"]
+    refused = danon_train(tmp_path, *common)
+    assert refused.returncode != 0
+    assert "_target_=my_package.TernaryCompressor is not a class of the allowed packages" in refused.stderr
+    monkeypatch.setenv("DANON_ALLOWED_PACKAGES", "my_package")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    done = danon_train(tmp_path, *common)
+    assert done.returncode == 0, done.stderr
+    assert "ternary, all to all" in done.stdout
 
 
 @pytest.mark.parametrize(
