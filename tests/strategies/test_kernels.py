@@ -174,6 +174,25 @@ def test_sums_give_the_same_bits(kind, in_place, count):
             assert_same_bits(copy, source)
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("numel", SIZES)
+def test_copies_give_the_same_bits_and_nothing_more(numel, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(loading, "library", lambda: None)
+    source = tensor_of("normal", numel + 20)
+    for start in (0, 1, 5, 8, 13):  # at any address
+        out = torch.full((numel + 20,), 7.0)
+        kernels.copy(out[start : start + numel], source[3 : 3 + numel])
+        assert torch.equal(out[start : start + numel], source[3 : 3 + numel])
+        assert (out[:start] == 7).all() and (out[start + numel :] == 7).all()
+
+
+def test_copies_take_other_types_and_strides():
+    out = torch.empty(50, dtype=torch.float64)
+    kernels.copy(out, torch.arange(100.0)[::2])
+    assert out.tolist() == list(range(0, 100, 2))
+
+
 # ---- sums
 
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from danon_lightning.strategies.communication import kernels
 from danon_lightning.strategies.communication.collectives.exchange import Exchange, Steps, along, count, view
 from danon_lightning.strategies.communication.messages import Message
 
@@ -25,5 +26,5 @@ def average_dense(exchange: Exchange, message: Message, bucket: Tensor) -> Steps
     yield from exchange.hand_round(shared)
     for row, payload in zip(rows, shared.incoming, strict=True):
         for piece, values in along(row, payload.view(bucket.dtype)):
-            view(piece, bucket).copy_(values)
+            kernels.copy(view(piece, bucket), values)
     shared.release()

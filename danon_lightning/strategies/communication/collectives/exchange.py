@@ -84,7 +84,7 @@ class Exchange:
         for index, row in enumerate(rows):
             if index != own:
                 for piece, values in along(row, box.outgoing[index].view(bucket.dtype)):
-                    values.copy_(view(piece, bucket))
+                    kernels.copy(values, view(piece, bucket))
         box.post()
         if self.inner.size > 1:
             yield

@@ -19,6 +19,20 @@ def available() -> bool:
     return loading.library() is not None
 
 
+def copy(out: Tensor, source: Tensor) -> None:
+    """Copy ``source [n]`` to ``out [n]``, past the caches: for what this core does not read again soon.
+
+    Args:
+        out: Any type.
+        source: Any type, on the same device.
+    """
+    loops = library_for(out, source) if out.dtype == source.dtype == torch.float32 else None
+    if loops is not None:
+        loops.danon_copy(address(out), address(source), out.numel())
+    else:
+        out.copy_(source)
+
+
 def add_scaled(out: Tensor, sources: Sequence[Tensor], scale: float) -> bool | Tensor:
     """Write ``(sources[0] + sources[1] + …) · scale`` to ``out``, added in this order in float32.
 
@@ -42,4 +56,4 @@ def add_scaled(out: Tensor, sources: Sequence[Tensor], scale: float) -> bool | T
     return bool(finite) if out.device.type == "cpu" else finite
 
 
-__all__ = ["add_scaled", "address", "available", "library_for"]
+__all__ = ["add_scaled", "address", "available", "copy", "library_for"]

@@ -14,6 +14,7 @@ _log = logging.getLogger(__name__)
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 _CODED = (_POINTER, _POINTER, _FLOAT, _POINTER)  # values, residual, decay, new_residual
 _SIGNATURES: dict[str, tuple[tuple[type, ...], type | None]] = {
+    "danon_copy": ((_POINTER, _POINTER, _LONG), None),
     "danon_add_scaled": ((_POINTER, _POINTER, _INT, _LONG, _FLOAT), _INT),
     "danon_quantize": ((_INT, *_CODED, _POINTER, _LONG, _LONG, _POINTER, _POINTER), None),
     "danon_dequantize": ((_INT, _POINTER, _POINTER, _LONG, _LONG, _INT, _POINTER), None),
