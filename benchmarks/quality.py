@@ -55,8 +55,8 @@ class Variant:
 
 
 ADAM = {"learning_rate": 4e-3, "warmup_steps": 30}
-SGD = {"learning_rate": 0.5, "warmup_steps": 30, "weight_decay": 0.0}
-DGC = {"error_feedback": ErrorFeedback(momentum=0.9)}
+FROZEN = {"freeze_step": 90}
+SGD = {"learning_rate": 0.1, "warmup_steps": 30, "weight_decay": 0.0}
 VARIANTS = {
     "dense": Variant("adamw"),
     "fp16": Variant("adamw", lambda: "fp16"),
@@ -67,18 +67,21 @@ VARIANTS = {
     "int4, stochastic": Variant("adamw", lambda: Int4Compressor(stochastic=True)),
     "int4, error feedback": Variant("adamw", Int4Compressor, {"error_feedback": True}),
     "topk 1 %": Variant("adamw", lambda: TopKCompressor(0.01)),
-    "topk 1 %, warm-up": Variant("adamw", lambda: TopKCompressor(0.01, warmup_steps=60)),
+    "topk 1 %, warm-up": Variant("adamw", lambda: TopKCompressor(0.01, warmup_steps=90)),
     "randomk 1 %": Variant("adamw", lambda: RandomKCompressor(0.01)),
-    "randomk 10 %": Variant("adamw", lambda: RandomKCompressor(0.1)),
     "powersgd rank 4": Variant("adamw", lambda: PowerSGDCompressor(4)),
-    "1-bit adam": Variant("onebit_adam", lambda: "sign", settings={"freeze_step": 90}),
+    "1-bit adam": Variant("onebit_adam", lambda: "sign", settings=FROZEN),
+    "frozen variance, topk 1 %": Variant("onebit_adam", lambda: TopKCompressor(0.01), settings=FROZEN),
+    "frozen variance, powersgd rank 4": Variant("onebit_adam", lambda: PowerSGDCompressor(4), settings=FROZEN),
     "sgd dense": Variant("sgd"),
     "sgd int4": Variant("sgd", Int4Compressor),
     "sgd sign": Variant("sgd", lambda: "sign"),
-    "sgd topk 1 %": Variant("sgd", lambda: TopKCompressor(0.01)),
-    "sgd topk 1 %, momentum correction": Variant("sgd", lambda: TopKCompressor(0.01), DGC, {"momentum": 0.0}),
-    "sgd topk 1 %, momentum correction, warm-up": Variant(
-        "sgd", lambda: TopKCompressor(0.01, warmup_steps=60), DGC, {"momentum": 0.0}
+    "sgd topk 1 %, warm-up": Variant("sgd", lambda: TopKCompressor(0.01, warmup_steps=90)),
+    "sgd topk 1 %, warm-up, momentum correction": Variant(
+        "sgd",
+        lambda: TopKCompressor(0.01, warmup_steps=90),
+        {"error_feedback": ErrorFeedback(momentum=0.9)},
+        {"momentum": 0.0},
     ),
     "sgd powersgd rank 4": Variant("sgd", lambda: PowerSGDCompressor(4)),
 }

@@ -25,9 +25,9 @@ def test_the_cost_of_kernels_is_printed_and_written(tmp_path):
 
 def test_the_cost_in_quality_is_printed_and_written(tmp_path):
     file = tmp_path / "quality.json"
-    output = run("quality.py", "--only", "int8", "sgd topk 1 %, momentum correction", "--seeds", "1", "--steps", "2",
+    output = run("quality.py", "--only", "int8", "sgd topk 1 %, warm-up, momentum correction", "--seeds", "1", "--steps", "2",
                  "--json", str(file))  # fmt: skip
     assert "dense" in output
     results = json.loads(file.read_text())["results"]
-    assert set(results) == {"dense", "int8", "sgd dense", "sgd topk 1 %, momentum correction"}
+    assert set(results) == {"dense", "int8", "sgd dense", "sgd topk 1 %, warm-up, momentum correction"}
     assert all(0.9 < row["ratio"] < 1.1 for row in results.values())

@@ -31,7 +31,8 @@ from danon_lightning.strategies.communication.stats import CommunicationStats
 from danon_lightning.strategies.mesh import Mesh
 
 # Of what one rank sums of a message over its node: few messages, for each costs about a millisecond of processor time,
-# but enough of them to keep the pipeline full. (gloo sends rows in portions of its own.)
+# but enough of them to keep the pipeline full. Dense ones that go to other nodes are half as long, or filling and
+# emptying the pipeline would take too long.
 _CPU_ROW_BYTES = 4 << 20
 # What is summed shall still be in the cache (of 1 MB or more) when it is coded.
 _CPU_REGION_NUMEL = 1 << 18
@@ -57,7 +58,8 @@ class GradientCommunicator:
     ``finite`` before ``optimizer.step()``.
 
     Args:
-        module: The model, wrapped in DistributedDataParallel or not: its parameters' names are what residuals go by.
+        module: The model, best wrapped in DistributedDataParallel already: its parameters' names are what residuals go
+            by, and the wrapper says whether there may be unused ones.
         mesh: Layout of the ranks. The default process group must be initialised.
         compression: None for dense gradients, a name of :func:`available_compressors`, or a compressor.
         error_feedback: Whether what compression leaves out is added to the next step: "auto" for where the compressor
@@ -115,6 +117,8 @@ class GradientCommunicator:
         if compressor is not None:
             parameters = dict(self._module.named_parameters())
             memory = Memory(compressor, feedback, outer.index, outer.size, parameters)
+            if isinstance(module, DistributedDataParallel):
+                memory.unused_parameters = module.find_unused_parameters or module.static_graph
         self._exchange = Exchange(inner, outer, compressor, memory)
         self._plans: dict[tuple[int, ...], Plan] = {}
         self._in_flight: deque[_Transfer] = deque()
@@ -298,11 +302,13 @@ class GradientCommunicator:
         key = tuple(id(parameter) for parameter in bucket.parameters)
         if key not in self._plans:
             exchange = self._exchange
+            row_numel = self._row_bytes // bucket.buffer.element_size()
             self._plans[key] = plan_messages(
                 [(self._names[id(parameter)], parameter) for parameter in bucket.parameters],
                 layout=Layout(*self._levels),
                 compressor=exchange.compressor,
-                row_numel=self._row_bytes // bucket.buffer.element_size(),
+                row_numel=row_numel,
+                dense_row_numel=row_numel // 2 if exchange.outer.size > 1 else row_numel,
                 region_numel=_CUDA_REGION_NUMEL if self._stream else _CPU_REGION_NUMEL,
             )
         return self._plans[key]

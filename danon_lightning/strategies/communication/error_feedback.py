@@ -148,6 +148,7 @@ class Memory:
         self._parameters = parameters
         self._numels = {name: parameter.numel() for name, parameter in parameters.items()}
         self.step = 0
+        self.unused_parameters = False
         self._momentum_source: MomentumSource | None = None
         self._slots: dict[tuple[str, Region], _Slot] = {}
         # Mean residuals and momenta from a checkpoint, by parameter, until the regions that they belong to turn up.
@@ -168,8 +169,11 @@ class Memory:
     def encode(self, role: Role, region: Region, values: Tensor, payload: Tensor) -> None:
         """Code ``values`` (float32 ``[n]``, changed on the way) into ``payload``, feeding errors back."""
         assert isinstance(self.compressor, Compressor)
+        if self._takes_no_part(values):
+            self.compressor.encode(values, payload, Context(self.step))
+            return
         slot = self._touch(role, region)
-        context = self._context(role, region, slot)
+        context = self.context(role, region)
         if role == "worker":
             self._correct(region, values, slot)
         if self.feedback is None:
@@ -183,6 +187,8 @@ class Memory:
 
     def compensate(self, role: Role, region: Region, values: Tensor) -> None:
         """Add to ``values`` what is owed, which is thereby sent in full."""
+        if self._takes_no_part(values):
+            return
         slot = self._touch(role, region)
         if role == "worker":
             self._correct(region, values, slot)
@@ -194,7 +200,7 @@ class Memory:
 
     def rounds(self, region: Region, values: Tensor) -> "LinearRounds":
         """Begin to code ``values`` (float32 of the region's shape, changed on the way) in rounds of sums."""
-        slot = self._touch("worker", region)
+        slot = None if self._takes_no_part(values) else self._touch("worker", region)
         return LinearRounds(self, region, slot, values)
 
     def decoding_context(self, region: Region) -> Context:
@@ -266,12 +272,20 @@ class Memory:
         """Take a share of a whole parameter's residual or momentum, whoever turns out to own which region of it."""
         self._owed[kind][parameter] = total
 
+    def _takes_no_part(self, values: Tensor) -> bool:
+        """Whether the parameter has not been used in this step: DDP then drops what it is sent, so nothing may be."""
+        if not self.unused_parameters or self.feedback is None or self._exchanges_momentum:
+            return False
+        return not bool(values.any())
+
     def _touch(self, role: str, region: Region) -> _Slot:
         slot = self._slots.setdefault((role, region), _Slot())
         slot.touched, slot.new_state = True, None
         return slot
 
-    def _context(self, role: str, region: Region, slot: _Slot) -> Context:
+    def context(self, role: Role, region: Region) -> Context:
+        """What an encoder may know."""
+        slot = self._slots.setdefault((role, region), _Slot())
         if slot.seeds is None:
             slot.seeds = _seed(region, role, self.index), _seed(region)
         own, shared = (_at_step(seed, self.step) for seed in slot.seeds)
@@ -331,15 +345,16 @@ class Memory:
 class LinearRounds:
     """The sums that one region takes, one after another."""
 
-    def __init__(self, memory: Memory, region: Region, slot: _Slot, values: Tensor) -> None:
-        """See :meth:`Memory.rounds`."""
+    def __init__(self, memory: Memory, region: Region, slot: _Slot | None, values: Tensor) -> None:
+        """See :meth:`Memory.rounds`; without a slot nothing is remembered."""
         self._memory, self._slot, self._values = memory, slot, values
         compressor, feedback = memory.compressor, memory.feedback
         assert isinstance(compressor, LinearCompressor)
-        self._context = memory._context("worker", region, slot)
+        self._context = memory.context("worker", region)
         flat = values.view(-1)
-        memory._correct(region, flat, slot)
-        if feedback is not None:
+        if slot is not None:
+            memory._correct(region, flat, slot)
+        if slot is not None and feedback is not None:
             residual, self._new_residual = memory._residuals("worker", region, slot, values.device)
             flat.add_(residual, alpha=feedback.decay)
         self._rounds = compressor.rounds(values, self._context, feedback=feedback is not None)
@@ -355,11 +370,13 @@ class LinearRounds:
             return self._rounds.send(total)
         except StopIteration as stop:
             self.code, sent = stop.value
-            if self._memory.feedback is not None:
-                torch.sub(self._values.view(-1), sent.reshape(-1), out=self._new_residual)
-                if self._slot.new_momentum is not None:
-                    self._slot.new_momentum.mul_(self._new_residual != 0)  # factor masking
-            self._slot.new_state = self._context.new_state
+            slot = self._slot
+            if slot is not None:
+                slot.new_state = self._context.new_state
+                if self._memory.feedback is not None:
+                    torch.sub(self._values.view(-1), sent.reshape(-1), out=self._new_residual)
+                    if slot.new_momentum is not None:
+                        slot.new_momentum.mul_(self._new_residual != 0)  # factor masking
             return None
 
 

@@ -69,7 +69,8 @@ class PowerSGDCompressor(LinearCompressor):
         left = _orthonormal((yield matrix @ start))
         mine = matrix.T @ left
         right = yield mine
-        context.new_state["q"] = right.clone()
+        # Zero (of a parameter that was not used) would be a start from which there is no way.
+        context.new_state["q"] = torch.where(right.any(), right, start)
         code = torch.cat([left.flatten(), right.flatten()])
         return code, (left @ mine.T).view_as(values) if feedback else values
 
