@@ -4,6 +4,7 @@ With them what tests of the exchange need on each rank.
 """
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -116,7 +117,9 @@ def emulated_mesh(nodes: int, ranks: int, folder: str) -> Iterator["object | Non
 
 
 @contextmanager
-def exchange(mesh, compression=None, *, model=None, bucket_cap_mb=BUCKET_CAP_MB, view=True, ddp_options=None, **options):
+def exchange(
+    mesh, compression=None, *, model=None, bucket_cap_mb=BUCKET_CAP_MB, view=True, ddp_options=None, **options
+):
     """Yields a model on torch's DDP, whose gradients go through a communicator, and that."""
     from danon_lightning.strategies import GradientCommunicator
 
@@ -151,3 +154,55 @@ def one_of_each():
         "randomk": strategies.RandomKCompressor(0.1),
         "powersgd": strategies.PowerSGDCompressor(2),
     }
+
+
+KILLED = """
+import os, signal, sys, time
+sys.path.insert(0, {here!r})
+import torch.distributed as dist
+from danon_lightning.strategies import Mesh
+from plain_module import exchange, give, given_gradients
+
+compression, nodes, victim = {compression!r}, {nodes}, {victim}
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+mesh = Mesh.from_world(dist.get_world_size(), nodes, rank)
+with exchange(mesh, compression) as (ddp, communicator):
+    give(ddp, given_gradients(0, rank))
+    level = {level}
+    gather, operations = level.all_gather, []
+    def dies(*args):
+        operations.append(None)
+        if rank == victim and len(operations) == 3:  # the peers have sent it something, and wait for the rest
+            print("killed at", time.time(), flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return gather(*args)
+    level.all_gather = dies
+    try:
+        give(ddp, given_gradients(1, rank))
+    except BaseException:
+        print("noticed at", time.time(), flush=True)
+        raise communicator.error
+"""
+
+
+def killed_job(*, nodes, ranks, compression, victim, hosts=None):
+    """Kills a rank in mid-exchange. Returns the others; each has ended by itself with an error, in seconds."""
+    from danon_lightning.testing import launch_ranks
+
+    level = "communicator._exchange.inner" if compression is None else "communicator._exchange.outer"
+    script = KILLED.format(
+        here=str(Path(__file__).parent), compression=compression, nodes=nodes, victim=victim, level=level
+    )
+    results = launch_ranks(
+        [sys.executable, "-c", script], nodes=nodes, ranks_per_node=ranks, hosts=hosts, failure_grace=30
+    )
+    report = "\n".join(map(str, results))
+    assert results[victim].returncode == -9, report
+    killed = float(results[victim].stdout.split("killed at")[1])
+    survivors = [result for result in results if result.rank != victim]
+    for result in survivors:
+        assert result.returncode == 1, report
+        assert float(result.stdout.split("noticed at")[1]) - killed < 10, report
+        assert f"rank {result.rank}: the gradient exchange has failed" in result.stderr, report
+    return survivors

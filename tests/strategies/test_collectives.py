@@ -125,7 +125,7 @@ class Simulation:
 
     def linear(self, region, shape, owing):
         compressor = self.compressor
-        seeds = Memory(compressor, None, 0, 1)
+        seeds = Memory(compressor, None, 0, 1, {})
         seeds.step = self.number
         shared_seed = seeds.decoding_context(region).shared_seed
         key = "state", "all", region.parameter, region.start

@@ -18,10 +18,9 @@ from danon_lightning.strategies import (
     PowerSGDCompressor,
     TopKCompressor,
 )
-from danon_lightning.testing import RankFailedError, launch_ranks, run_distributed
+from danon_lightning.testing import RankFailedError, run_distributed
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))  # each rank imports this file anew, and its neighbour with it
+sys.path.insert(0, str(Path(__file__).parent))  # each rank imports this file anew, and its neighbour with it
 from plain_module import (  # noqa: E402
     SHAPES,
     Given,
@@ -29,6 +28,7 @@ from plain_module import (  # noqa: E402
     exchange,
     give,
     given_gradients,
+    killed_job,
     one_of_each,
     same_on_all_ranks,
 )
@@ -508,56 +508,6 @@ def test_a_dead_rank_ends_the_job_in_seconds_with_its_own_error():
         run_distributed(die_in_mid_run, 2)
     assert failure.value.rank == 1
     assert time.monotonic() - start < 40
-
-
-KILLED = """
-import os, signal, sys, time
-sys.path.insert(0, {here!r})
-import torch.distributed as dist
-from danon_lightning.strategies import Mesh
-from danon_lightning.strategies.communication.levels import GroupLevel
-from danon_lightning.strategies.communication.shared_memory import SharedMemoryLevel
-from plain_module import exchange, give, given_gradients
-
-compression, nodes, victim = {compression!r}, {nodes}, {victim}
-dist.init_process_group("gloo")
-rank = dist.get_rank()
-mesh = Mesh.from_world(dist.get_world_size(), nodes, rank)
-with exchange(mesh, compression) as (ddp, communicator):
-    give(ddp, given_gradients(0, rank))
-    level = {level}
-    gather, operations = level.all_gather, []
-    def dies(*args):
-        operations.append(None)
-        if rank == victim and len(operations) == 3:  # the peers have sent it something, and wait for the rest
-            print("killed at", time.time(), flush=True)
-            os.kill(os.getpid(), signal.SIGKILL)
-        return gather(*args)
-    level.all_gather = dies
-    try:
-        give(ddp, given_gradients(1, rank))
-    except BaseException:
-        print("noticed at", time.time(), flush=True)
-        raise communicator.error
-"""
-
-
-def killed_job(*, nodes, ranks, compression, victim, hosts=None):
-    """What the survivors said; each of them has ended by itself with an error, in seconds."""
-    level = "communicator._exchange.inner" if compression is None else "communicator._exchange.outer"
-    script = KILLED.format(here=str(HERE), compression=compression, nodes=nodes, victim=victim, level=level)
-    results = launch_ranks(
-        [sys.executable, "-c", script], nodes=nodes, ranks_per_node=ranks, hosts=hosts, failure_grace=30
-    )
-    report = "\n".join(map(str, results))
-    assert results[victim].returncode == -9, report
-    killed = float(results[victim].stdout.split("killed at")[1])
-    survivors = [result for result in results if result.rank != victim]
-    for result in survivors:
-        assert result.returncode == 1, report
-        assert float(result.stdout.split("noticed at")[1]) - killed < 10, report
-        assert f"rank {result.rank}: the gradient exchange has failed" in result.stderr, report
-    return survivors
 
 
 @pytest.mark.parametrize("compression", [None, "topk"])

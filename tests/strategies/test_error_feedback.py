@@ -171,6 +171,7 @@ def check_clipping(mesh):
             state = communicator.state_dict()
         if mesh.rank:
             continue
+        assert delivered["norm"].norm() == pytest.approx(clip, rel=1e-4)  # dense: the mean itself is clipped
         for name, residual in state["mean"]["residual"].items():
             norm = (delivered[name].flatten() + residual).norm()  # what was left of it before it was coded
             limit = clip * math.sqrt(nodes)

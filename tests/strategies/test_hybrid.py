@@ -5,15 +5,19 @@ import os
 import subprocess
 import sys
 import time
+import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import StrategyRegistry
+from torch.utils.data import DataLoader
 
 import danon_lightning
-from danon_lightning.strategies import DanonHybridStrategy
+from danon_lightning.strategies import DanonHybridStrategy, ErrorFeedback, TopKCompressor
 from danon_lightning.testing import RankFailedError, run_distributed
 
 HERE = Path(__file__).parent
@@ -133,26 +137,207 @@ class LossLog(pl.Callback):
         self.losses.append(outputs["loss"].item())
 
 
-def train_log(compression, epochs, checkpoint=None):
-    log = LossLog()
-    trainer = trainer_with(DanonHybridStrategy(compression=compression), ranks=3, max_epochs=epochs, callbacks=[log])
-    trainer.fit(PlainModule(), loader(2, rank=trainer.global_rank, ranks=3), ckpt_path=checkpoint, weights_only=True)
-    return trainer, log.losses
+def train_log(strategy_options, epochs, checkpoint=None):
+    log, module = LossLog(), PlainModule(optimizer="sgd")
+    trainer = trainer_with(DanonHybridStrategy(**strategy_options), ranks=3, max_epochs=epochs, callbacks=[log])
+    trainer.fit(module, loader(2, rank=trainer.global_rank, ranks=3), ckpt_path=checkpoint, weights_only=True)
+    return trainer, log.losses, parameters(module)
 
 
-def interrupted_and_not(folder, compression):
-    _, whole = train_log(compression, 3)
-    trainer, first = train_log(compression, 1)
-    trainer.save_checkpoint(f"{folder}/half.ckpt")
-    _, second = train_log(compression, 3, f"{folder}/half.ckpt")
-    return whole, first + second
+EXACT = {
+    "dense": {},
+    "int8": {"compression": "int8"},
+    "topk": {"compression": TopKCompressor(0.05), "residual_checkpoint": "per_rank"},
+    "powersgd": {"compression": "powersgd", "residual_checkpoint": "per_rank"},
+    "momentum": {
+        "compression": TopKCompressor(0.05),
+        "error_feedback": ErrorFeedback(momentum=0.5, flush_every=5),
+        "residual_checkpoint": "per_rank",
+    },
+}
 
 
-@pytest.mark.parametrize("compression", [None, "int8"])
-def test_a_resumed_run_repeats_an_uninterrupted_one_to_the_bit(tmp_path, compression):
-    for whole, pieces in run_distributed(interrupted_and_not, 3, str(tmp_path), compression, timeout=120):
-        assert len(whole) == 24
-        assert pieces == whole
+def interrupted_and_not(folder):
+    results = {}
+    for name, options in EXACT.items():
+        _, whole, weights = train_log(options, 3)
+        trainer, first, _ = train_log(options, 1)
+        trainer.save_checkpoint(f"{folder}/{name}.ckpt")
+        _, second, weights_again = train_log(options, 3, f"{folder}/{name}.ckpt")
+        results[name] = whole, first + second, torch.equal(weights, weights_again)
+    return results
+
+
+def test_a_resumed_run_repeats_an_uninterrupted_one_to_the_bit(tmp_path):
+    for results in run_distributed(interrupted_and_not, 3, str(tmp_path), timeout=200):
+        for name, (whole, pieces, equal_weights) in results.items():
+            assert len(whole) == 24, name
+            assert pieces == whole, name
+            assert equal_weights, name
+
+
+def go_on_with_three(checkpoint, strategy, epochs):
+    """From a checkpoint of two ranks."""
+    trainer = trainer_with(strategy, ranks=3, max_epochs=epochs)
+    module = PlainModule(optimizer="sgd")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        share = loader(2, rank=trainer.global_rank, ranks=3)
+        trainer.fit(module, share, ckpt_path=checkpoint, weights_only=True)
+    messages = [str(warning.message) for warning in caught]
+    stats = getattr(trainer.strategy, "communication_stats", dict)()
+    return parameters(module), trainer.global_step, stats.get("residual_norm"), messages
+
+
+def resume_elsewhere(folder):
+    results = {}
+    for form in ("mean", "per_rank"):
+        checkpoint = f"{folder}/{form}.ckpt"
+        strategy = DanonHybridStrategy(compression="topk", residual_checkpoint=form)
+        results[form] = go_on_with_three(checkpoint, strategy, 3)
+    results["ddp"] = go_on_with_three(f"{folder}/mean.ckpt", "ddp", 3)
+    return results
+
+
+def save_with_two(folder):
+    for form in ("mean", "per_rank"):
+        strategy = DanonHybridStrategy(compression="topk", residual_checkpoint=form)
+        trainer = trainer_with(strategy, ranks=2, max_epochs=1)
+        trainer.fit(PlainModule(optimizer="sgd"), loader(4, rank=trainer.global_rank, ranks=2))
+        trainer.save_checkpoint(f"{folder}/{form}.ckpt")
+        trainer.save_checkpoint(f"{folder}/{form}-weights.ckpt", weights_only=True)
+
+
+def test_a_checkpoint_with_residuals_serves_other_numbers_of_devices_and_plain_strategies(tmp_path):
+    run_distributed(save_with_two, 2, str(tmp_path), timeout=120)
+    checkpoint = torch.load(tmp_path / "mean.ckpt", weights_only=True)
+    kept = checkpoint["danon_gradient_memory"]["mean"]["residual"]
+    assert {name: tensor.numel() for name, tensor in kept.items()} == {"layers.3.weight": 96 * 96}
+    assert kept["layers.3.weight"].any()
+    bare = torch.load(tmp_path / "mean-weights.ckpt", weights_only=True)
+    assert "danon_gradient_memory" not in bare
+
+    results = run_distributed(resume_elsewhere, 3, str(tmp_path), timeout=150)
+    for form in ("mean", "per_rank", "ddp"):
+        weights, steps, norm, _ = results[0][form]
+        assert steps == 6 + 2 * 8
+        assert all(torch.equal(other[form][0], weights) for other in results)
+        assert norm is None or norm > 0
+    said = [any("not to the bit" in message for message in results[0][form][3]) for form in ("mean", "per_rank")]
+    assert said == [False, True]  # only where it was asked for
+
+    for strategy in ("auto", "danon_hybrid", DanonHybridStrategy(compression="topk")):
+        module = PlainModule(optimizer="sgd")
+        trainer = trainer_with(strategy, max_epochs=2)
+        trainer.fit(module, loader(8), ckpt_path=tmp_path / "mean.ckpt", weights_only=True)
+        assert trainer.global_step == 12
+
+
+# ---- steps that are not finite
+
+
+class Disturbed(PlainModule):
+    """On one rank the loss of some batches is infinite; or these batches do not exist."""
+
+    def __init__(self, bad, optimizer, *, rank=1, by=float("inf")):
+        super().__init__(optimizer=optimizer)
+        self.bad, self.bad_rank, self.by = bad, rank, by
+        self.scales = []
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss * self.by if batch_idx in self.bad and self.global_rank == self.bad_rank else loss
+
+    def on_train_batch_end(self, *args):
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None:
+            self.scales.append(scaler.get_scale())
+
+
+def some_batches(without=()):
+    rank = int(os.environ["RANK"])
+    batches = list(loader(4, rank=rank, ranks=2))
+    return DataLoader([batch for index, batch in enumerate(batches) if index not in without], batch_size=None)
+
+
+def skip_bad_steps():
+    """With bad batches, and without these batches."""
+    results = {}
+    for name, options, optimizer in [
+        ("int4", {"compression": "int4", "error_feedback": True}, "adamw"),
+        ("topk", {"compression": TopKCompressor(0.05, warmup_steps=2)}, "adamw"),
+        ("randomk", {"compression": "randomk"}, "sgd"),
+        ("powersgd", {"compression": "powersgd"}, "adamw"),
+        ("momentum", {"compression": "topk", "error_feedback": ErrorFeedback(momentum=0.5)}, "sgd"),
+    ]:
+        outcomes = []
+        for bad, batches in ([(1, 3), some_batches()], [(), some_batches(without=(1, 3))]):
+            strategy = DanonHybridStrategy(**options)
+            module = Disturbed(bad, optimizer)
+            trainer = trainer_with(strategy, ranks=2, max_epochs=2)
+            trainer.fit(module, batches)
+            stats = strategy.communication_stats()
+            state = trainer.optimizers[0].state_dict()["state"]
+            outcomes.append((parameters(module), state, stats["residual_norm"], stats["skipped_steps"]))
+        results[name] = outcomes
+    return results
+
+
+def test_a_step_that_is_not_finite_changes_neither_weights_nor_optimizer_nor_residuals():
+    for results in run_distributed(skip_bad_steps, 2, timeout=150):
+        for name, (disturbed, undisturbed) in results.items():
+            assert torch.isfinite(disturbed[0]).all(), name
+            assert torch.equal(disturbed[0], undisturbed[0]), name
+            assert disturbed[1].keys() == undisturbed[1].keys(), name
+            for index, state in disturbed[1].items():
+                for key, value in state.items():
+                    assert value is None or torch.equal(value, undisturbed[1][index][key]), f"{name}, {key}"
+            assert disturbed[2] == undisturbed[2], name
+            assert (disturbed[3], undisturbed[3]) == (4, 0), name
+
+
+class ScaledLoss(MixedPrecision):
+    """Mixed precision with all its scaling, but in float32: so that nothing else is rounded."""
+
+    def __init__(self, scale):
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1000)
+        super().__init__("16-mixed", "cpu", scaler)
+
+    def forward_context(self):
+        return nullcontext()
+
+
+def fit_with_scaler():
+    results = {}
+    for name, options in {
+        "topk": {"compression": "topk"},
+        "randomk": {"compression": "randomk"},
+        "int4": {"compression": "int4", "error_feedback": True},
+    }.items():
+        for scale, bad in ((2.0**4, ()), (2.0**14, ()), (2.0**14, (1, 3))):
+            module = Disturbed(bad, "sgd")
+            trainer = trainer_with(DanonHybridStrategy(**options), ranks=2, max_epochs=1, plugins=[ScaledLoss(scale)])
+            trainer.fit(module, some_batches(without=() if bad else (1, 3)))
+            stats = trainer.strategy.communication_stats()
+            results[name, scale, bool(bad)] = parameters(module), stats["residual_norm"], module.scales
+    return results
+
+
+def test_a_gradient_scaler_leaves_residuals_alone_and_skips_bad_steps_on_all_ranks():
+    for results in run_distributed(fit_with_scaler, 2, timeout=150):
+        for name in ("topk", "randomk", "int4"):
+            weights, norm, scales = results[name, 2.0**14, False]
+            other_weights, other_norm, _ = results[name, 2.0**4, False]
+            assert torch.equal(weights, other_weights), name
+            assert norm == other_norm > 0, name
+            assert scales == [2.0**14] * 4
+            bad_weights, bad_norm, bad_scales = results[name, 2.0**14, True]
+            assert bad_scales == [2.0**14, 2.0**13, 2.0**13, 2.0**12, 2.0**12, 2.0**12], name
+            assert torch.equal(bad_weights, weights), name
+            assert bad_norm == norm, name
+
+
+# ---- failures and what else users do
 
 
 def fail_in_training():
@@ -311,16 +496,25 @@ class Manual(PlainModule):
         return [torch.optim.SGD(self.layers[i].parameters(), lr=0.05) for i in (0, 3)]
 
 
-def fit_manual(ranks):
+def fit_manual(ranks, strategy):
     module = Manual()
-    trainer = trainer_with("danon_hybrid" if ranks > 1 else "auto", ranks=ranks, max_epochs=1)
+    trainer = trainer_with(strategy, ranks=ranks, max_epochs=1)
     trainer.fit(module, loader(8 // ranks, rank=trainer.global_rank, ranks=ranks))
     return parameters(module)
 
 
-def test_manual_optimization_trains_like_one_process():
-    for together in run_distributed(fit_manual, 2, 2, timeout=120):
-        torch.testing.assert_close(together, fit_manual(1), rtol=1e-5, atol=1e-5)
+def fit_manual_on_two_ranks():
+    strategy = DanonHybridStrategy(compression="int4", error_feedback=True)
+    return fit_manual(2, "danon_hybrid"), fit_manual(2, strategy), strategy.communication_stats()
+
+
+def test_manual_optimization_with_two_optimizers_trains_like_one_process():
+    alone, start = fit_manual(1, "auto"), parameters(Manual())
+    (dense, coded, stats), (other_dense, other_coded, _) = run_distributed(fit_manual_on_two_ranks, 2, timeout=120)
+    assert torch.equal(dense, other_dense) and torch.equal(coded, other_coded)
+    torch.testing.assert_close(dense, alone, rtol=1e-5, atol=1e-5)
+    assert 0 < (coded - dense).norm() < 0.3 * (dense - start).norm()
+    assert stats["steps"] == 12
 
 
 def fit_on_cuda(compression):

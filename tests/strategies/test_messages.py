@@ -24,8 +24,9 @@ COMPRESSORS = {
 }
 
 
-def plan(compressor, layout, parameters=PARAMETERS, row_numel=ROW):
-    return plan_messages(parameters, layout=layout, compressor=compressor, row_numel=row_numel)
+def plan(compressor, layout, parameters=PARAMETERS, row_numel=ROW, region_numel=ROW):
+    sizes = {"row_numel": row_numel, "dense_row_numel": row_numel, "region_numel": region_numel}
+    return plan_messages(parameters, layout=layout, compressor=compressor, **sizes)
 
 
 def rows_of(message):
@@ -53,6 +54,14 @@ def test_no_rank_sums_more_than_a_row_of_a_message(kind, layout):
         for rows in rows_of(message):
             assert len(rows) == layout.inner
             assert all(sum(piece.numel for piece in row) <= ROW for row in rows)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_regions_that_are_coded_at_a_time_stay_small(layout):
+    for kind in ("reduced", "gathered"):
+        for message in plan(COMPRESSORS[kind], layout, region_numel=300).messages:
+            if message.kind != "dense":
+                assert all(piece.region.numel == piece.numel <= 300 for piece in pieces_of([message]))
 
 
 @pytest.mark.parametrize("kind", list(COMPRESSORS)[1:])
