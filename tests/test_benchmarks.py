@@ -25,8 +25,8 @@ def test_the_cost_of_kernels_is_printed_and_written(tmp_path):
 
 def test_the_cost_in_quality_is_printed_and_written(tmp_path):
     file = tmp_path / "quality.json"
-    output = run("quality.py", "--only", "int8", "sgd topk 1 %, warm-up, momentum correction", "--seeds", "1", "--steps", "2",
-                 "--json", str(file))  # fmt: skip
+    variants = ["int8", "sgd topk 1 %, warm-up, momentum correction"]
+    output = run("quality.py", "--only", *variants, "--seeds", "1", "--steps", "2", "--json", str(file))
     assert "dense" in output
     results = json.loads(file.read_text())["results"]
     assert set(results) == {"dense", "int8", "sgd dense", "sgd topk 1 %, warm-up, momentum correction"}

@@ -14,7 +14,8 @@ from danon_lightning.strategies.communication import (
 )
 
 _ADAPTIVE = (
-    optim.Adadelta, optim.Adafactor, optim.Adagrad, optim.Adam, optim.Adamax, optim.AdamW, optim.NAdam, optim.RAdam, optim.RMSprop,
+    optim.Adadelta, optim.Adafactor, optim.Adagrad, optim.Adam, optim.Adamax, optim.AdamW, optim.NAdam, optim.RAdam,
+    optim.RMSprop,
 )  # fmt: skip
 
 
