@@ -51,7 +51,7 @@ def _decoding(exchange: Exchange, compressor: Compressor, payloads: Sequence[Ten
         for index, payload in enumerate(payloads):
             compressor.decode(payload, out, add=index > 0)
         if compressor.may_overflow:
-            exchange.note_finite(out.isfinite().all())
+            exchange.note_finite(out.sum().isfinite())  # several times faster than looking at each
 
     return decode
 
