@@ -140,7 +140,7 @@ def test_the_interface_sends_what_is_counted_and_what_the_formulas_say(emulated_
     """
     numel = 2600 * 2500
     cases = [
-        (None, 1, 8 / 2),
+        (None, 2, 8 / 2),
         ("int8", 4, 2 * (1 + 4 / 256) / 2),
         (TopKCompressor(0.2), 3, 8 * 0.2),
     ]
