@@ -486,6 +486,25 @@ def test_a_hundred_of_a_hundred_runs_with_several_buckets_complete(tmp_path):
 # ---- failures
 
 
+class Broken(Int8Compressor):
+    def encode(self, values, payload, context):
+        if context.step == 1:
+            raise ArithmeticError("these values cannot be coded")
+        super().encode(values, payload, context)
+
+
+def test_an_error_in_the_exchange_is_raised_by_this_and_every_later_backward_pass(alone):
+    with exchange(alone, Broken(), error_feedback=False) as (ddp, communicator):
+        give(ddp, given_gradients(0, 0))
+        assert communicator.error is None
+        for _ in range(3):
+            message = r"rank 0: the gradient exchange has failed \(ArithmeticError: these values cannot be coded\)"
+            with pytest.raises(RuntimeError, match=message):
+                give(ddp, given_gradients(1, 0))
+            assert isinstance(communicator.error.__cause__, ArithmeticError)
+        communicator.close()
+
+
 def die_in_mid_run():
     with exchange(Mesh(1, 2, dist.get_rank())) as (ddp, _):
         give(ddp, given_gradients(0, dist.get_rank()))

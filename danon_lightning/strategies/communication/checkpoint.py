@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from danon_lightning.strategies.communication.compressors.base import Region
+from danon_lightning.strategies.communication.compressors.base import Compressor, Region
 from danon_lightning.strategies.communication.error_feedback import Memory
 
 _VERSION = 1
@@ -48,15 +48,30 @@ def gather_state(
     Returns:
         The state on rank 0, None on the others.
     """
+    if memory.pending is not None:  # nothing has happened since it was loaded
+        is_first = group is None or dist.get_rank(group) == 0
+        return {**_head(memory, layout), "mean": _to(memory.pending, torch.device("cpu"))} if is_first else None
     states = _receive_all(rank_state(memory), group)
     if group is not None and dist.get_rank(group) != 0:
         for _ in states:
             pass
         return None
-    head = {"version": _VERSION, "compressor": memory.compressor.name, "layout": list(layout), "step": memory.step}
+    head = _head(memory, layout)
     if per_rank:
         return {**head, "ranks": list(states)}
     return {**head, "mean": _sum_up(states)}
+
+
+def _head(memory: Memory, layout: tuple[int, int]) -> State:
+    compressor = memory.compressor
+    alignment = compressor.alignment if isinstance(compressor, Compressor) else 1
+    return {
+        "version": _VERSION,
+        "compressor": compressor.name,
+        "alignment": alignment,
+        "layout": list(layout),
+        "step": memory.step,
+    }
 
 
 def restore_state(
@@ -84,22 +99,23 @@ def restore_state(
             "delete its entry to start with empty residuals"
         )
     memory.step = int(state["step"])
-    if "ranks" in state:
-        if state["layout"] == list(layout) and state["compressor"] == memory.compressor.name:
-            _restore_own(memory, state["ranks"][rank], device)
-            return True
-        mean = _sum_up(state["ranks"])
-    else:
-        mean = state["mean"]
+    mean = _sum_up(state["ranks"]) if "ranks" in state else state["mean"]
+    numels = {name: parameter.numel() for name, parameter in module.named_parameters()}
+    for kind in ("residual", "momentum"):
+        for name, total in mean[kind].items():
+            _check(name, total, numels)
+    head = _head(memory, layout)
+    if "ranks" in state and all(state[key] == head[key] for key in ("compressor", "alignment", "layout")):
+        _restore_own(memory, state["ranks"][rank], device)
+        return True
+    memory.pending = mean
     if memory.feedback is None and rank == 0 and any(bool(total.any()) for total in mean["residual"].values()):
         warnings.warn(
             "error feedback is off, so what earlier steps have left out is lost: error_feedback=True keeps it",
             stacklevel=3,
         )
-    numels = {name: parameter.numel() for name, parameter in module.named_parameters()}
     for kind in ("residual", "momentum"):
         for name, total in mean[kind].items():
-            _check(name, total, numels)
             memory.owe(kind, name, total)
     if memory.feedback is not None and memory.feedback.momentum is not None:
         for name, momentum in mean["dense_momentum"].items():
@@ -107,7 +123,7 @@ def restore_state(
             memory.restore("dense", Region(name, 0, momentum.numel()), momentum=momentum.to(device))
     if state["compressor"] == memory.compressor.name:
         for key, own_state in mean["state"].items():
-            memory.restore(*_parse(key), state=_to(own_state, device))
+            memory.owed_states[_parse(key)] = _to(own_state, device)
     return False
 
 

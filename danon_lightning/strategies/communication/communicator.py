@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import GradBucket
+from torch.distributed.constants import default_pg_timeout
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
@@ -99,6 +100,7 @@ class GradientCommunicator:
         self._module = module.module if isinstance(module, DistributedDataParallel) else module
         self._names = {id(parameter): name for name, parameter in self._module.named_parameters()}
         self._stats = CommunicationStats()
+        timeout = timeout if timeout is not None else default_pg_timeout
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         compressor = get_compressor(compression)
         feedback = resolve_error_feedback(error_feedback, compressor)
@@ -125,6 +127,7 @@ class GradientCommunicator:
         self._open: list[_Bucket] = []
         self._scale = 1.0
         self._busy_seconds = 0.0
+        self._busy_since = 0.0
         self._last_bucket_came = 0.0
         self.error: RuntimeError | None = None
         self.finite = True
@@ -258,20 +261,21 @@ class GradientCommunicator:
             self._scale = self._loss_scale()
         if bucket.is_last():
             self._last_bucket_came = time.perf_counter()
-        self._queue.put(_Bucket(bucket.buffer(), bucket.parameters(), bucket.is_last(), future, ready, self._scale))
+        first, last = bucket.index() == 0, bucket.is_last()
+        self._queue.put(_Bucket(bucket.buffer(), bucket.parameters(), first, last, future, ready, self._scale))
         return future
 
     def _run(self) -> None:
         with self._on_stream(), torch.no_grad():
             while (bucket := self._queue.get()) is not None:
-                start = time.perf_counter()
+                self._busy_since = time.perf_counter()
                 try:
                     if self.error is not None:
                         raise self.error
                     self._average(bucket)
                 except BaseException as error:
                     self._fail(error, bucket)
-                self._busy_seconds += time.perf_counter() - start
+                self._busy_seconds += time.perf_counter() - self._busy_since
 
     def _on_stream(self) -> AbstractContextManager[object]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
@@ -280,7 +284,7 @@ class GradientCommunicator:
         if bucket.ready is not None:
             assert self._stream is not None
             self._stream.wait_event(bucket.ready)
-        if not self._open:
+        if bucket.is_first:
             self._exchange.begin_step(bucket.loss_scale)
         self._open.append(bucket)
         self._stats.dense_bytes += bucket.buffer.nbytes
@@ -295,7 +299,7 @@ class GradientCommunicator:
             while self._in_flight:
                 self._advance()
             self._end_step()
-        elif not bucket.unfinished:  # empty parameters
+        elif not bucket.plan.messages:  # empty parameters
             self._finish(bucket)
 
     def _plan(self, bucket: "_Bucket") -> Plan:
@@ -355,7 +359,13 @@ class GradientCommunicator:
             else:
                 memory.roll_back()
                 self._stats.skipped_steps += 1
-        self._stats.exposed_seconds += time.perf_counter() - self._last_bucket_came
+                last.buffer.fill_(
+                    torch.nan
+                )  # a gradient scaler must see it too, also where the bad element was not sent
+        now = time.perf_counter()
+        self._stats.exposed_seconds += now - self._last_bucket_came
+        self._busy_seconds += now - self._busy_since
+        self._busy_since = now
         # Only now: backward() may return at once, and what it finds must be complete.
         self._deliver(last)
 
@@ -384,6 +394,7 @@ class GradientCommunicator:
 class _Bucket:
     buffer: Tensor
     parameters: list[Tensor]
+    is_first: bool
     is_last: bool
     future: Future[Tensor]
     ready: "torch.cuda.Event | None"

@@ -71,7 +71,7 @@ class ErrorFeedback:
             raise ValueError(f"flush_every={self.flush_every} must be at least 1 step, or None for never")
         if self.momentum is not None and not 0 <= self.momentum < 1:
             raise ValueError(f"momentum={self.momentum} must lie in [0, 1), or be None for no momentum correction")
-        if self.clip_norm is not None and self.clip_norm <= 0:
+        if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"clip_norm={self.clip_norm} must be positive, or None for no clipping")
 
 
@@ -117,7 +117,8 @@ class _Slot:
         if self.touched:
             self.residual, self.new_residual = self.new_residual, self.residual
             self.momentum, self.new_momentum = self.new_momentum, self.momentum
-            self.state = self.new_state or self.state
+            if self.new_state is not None:  # an empty one is meant: the compressor has given its state up
+                self.state = self.new_state
         self.touched = False
 
 
@@ -153,6 +154,8 @@ class Memory:
         self._slots: dict[tuple[str, Region], _Slot] = {}
         # Mean residuals and momenta from a checkpoint, by parameter, until the regions that they belong to turn up.
         self._owed: dict[str, dict[str, Tensor]] = {"residual": {}, "momentum": {}}
+        self.owed_states: dict[tuple[str, Region], dict[str, Tensor | float]] = {}
+        self.pending: dict[str, Any] | None = None  # all of it, until a step has been completed
 
     def exchange_momentum_of(self, source: MomentumSource) -> None:
         """Exchange an optimizer's momentum in place of gradients, from the moment on when it says so."""
@@ -181,8 +184,9 @@ class Memory:
         else:
             residual, new_residual = self._residuals(role, region, slot, values.device)
             self.compressor.encode_with_feedback(values, residual, self.feedback.decay, new_residual, payload, context)
-            if slot.new_momentum is not None and role == "worker":
-                slot.new_momentum.mul_(new_residual != 0)  # factor masking
+            # Factor masking. A code of all elements leaves none behind, wherever it may be exact by chance.
+            if slot.new_momentum is not None and role == "worker" and self.compressor.exchange == "gather":
+                slot.new_momentum.mul_(new_residual != 0)
         slot.new_state = context.new_state
 
     def compensate(self, role: Role, region: Region, values: Tensor) -> None:
@@ -212,10 +216,13 @@ class Memory:
         feedback = self.feedback
         gathers = feedback is not None and feedback.momentum is not None
         clips = feedback is not None and feedback.clip_norm is not None
-        if not (gathers or clips or self._exchanges_momentum):
+        owed = self._owed["residual"].get(region.parameter)  # it was compressed before the checkpoint
+        if not (gathers or clips or self._exchanges_momentum or owed is not None):
             return
         wide = values.float().div(loss_scale)
         self._clip(region, wide, 1)
+        if owed is not None:
+            wide.add_(owed.to(wide.device))
         if self._exchanges_momentum:
             self._blend(region, wide, 1.0)
         elif gathers:
@@ -229,6 +236,8 @@ class Memory:
         self.step += 1
         for owed in self._owed.values():
             owed.clear()  # every region has turned up by now
+        self.owed_states.clear()
+        self.pending = None
 
     def roll_back(self) -> None:
         """Forget the step's changes."""
@@ -281,6 +290,7 @@ class Memory:
     def _touch(self, role: str, region: Region) -> _Slot:
         slot = self._slots.setdefault((role, region), _Slot())
         slot.touched, slot.new_state = True, None
+        slot.state = slot.state or self.owed_states.get((role, region))
         return slot
 
     def context(self, role: Role, region: Region) -> Context:

@@ -242,17 +242,21 @@ def connect(
     sockets: list[socket.socket | None] = [None] * len(ranks)
     try:
         if prefix and sys.platform == "linux":
-            with suppress(OSError):
+            try:
                 sockets = _connect_all(prefix, index, len(ranks), group)
                 memory = _share_memory(index, sockets, mapping_bytes(len(ranks), row_bytes))
                 level = SharedMemoryLevel(ranks, index, sockets, memory, row_bytes, stats)
+            except OSError:
+                for connection in sockets:  # whoever waits for this rank need not do so until its time is up
+                    if connection is not None:
+                        connection.close()
         together = torch.tensor([level is not None], dtype=torch.int32)
         dist.all_reduce(together, dist.ReduceOp.MIN, group=group)
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
     for connection in sockets:
-        if connection is not None:
+        if connection is not None and connection.fileno() >= 0:
             connection.settimeout(timeout.total_seconds() if timeout is not None else None)
             if not together.item():
                 connection.close()
@@ -325,7 +329,10 @@ def _share_memory(index: int, sockets: list[socket.socket | None], size: int) ->
     else:
         first = sockets[0]
         assert first is not None
-        _, (descriptor,), _, _ = socket.recv_fds(first, 1, 1)
+        _, descriptors, _, _ = socket.recv_fds(first, 1, 1)
+        if not descriptors:
+            raise ConnectionError("the first rank cannot share memory")
+        (descriptor,) = descriptors
     try:
         return torch.frombuffer(mmap.mmap(descriptor, size), dtype=torch.uint8)
     finally:
