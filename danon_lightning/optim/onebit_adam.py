@@ -80,8 +80,10 @@ class OneBitAdam(torch.optim.Optimizer):
         for group in self.param_groups:
             if any(p is parameter for p in group["params"]):
                 beta = group["betas"][0]
-                momentum = self.state[parameter]["exp_avg"].view(-1)[start:stop]
-                gradient.mul_(1 - beta).add_(momentum.float(), alpha=beta * share)
+                gradient.mul_(1 - beta)
+                if "exp_avg" in self.state[parameter]:  # else it has taken part in no step so far
+                    momentum = self.state[parameter]["exp_avg"].view(-1)[start:stop]
+                    gradient.add_(momentum.float(), alpha=beta * share)
                 return
 
     @torch.no_grad()

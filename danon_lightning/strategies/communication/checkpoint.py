@@ -114,9 +114,10 @@ def restore_state(
             "error feedback is off, so what earlier steps have left out is lost: error_feedback=True keeps it",
             stacklevel=3,
         )
-    for kind in ("residual", "momentum"):
-        for name, total in mean[kind].items():
-            memory.owe(kind, name, total)
+    for name, total in mean["residual"].items():
+        memory.owe("residual", name, total)
+    for name, total in mean["momentum"].items():
+        memory.owe("momentum", name, total)
     if memory.feedback is not None and memory.feedback.momentum is not None:
         for name, momentum in mean["dense_momentum"].items():
             _check(name, momentum, numels)
