@@ -108,6 +108,9 @@ class OneBitAdam(torch.optim.Optimizer):
             state["step"] = torch.zeros(())  # a tensor, as in torch's own optimizers
             state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
             state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
+            if frozen:  # it comes late: without any variance its step would be as large as 1/ε
+                first = gradient / (1 - group["betas"][0]) if self.receives_momentum else gradient
+                state["exp_avg_sq"].addcmul_(first, first, value=1 - group["betas"][1])
         beta1, beta2 = group["betas"]
         state["step"] += 1
         if frozen and self.receives_momentum:

@@ -111,6 +111,17 @@ def test_a_closure_gives_the_loss_and_missing_gradients_leave_weights_alone():
     assert torch.equal(unused, torch.ones(3)) and not optimizer.state[unused]
 
 
+def test_a_parameter_that_comes_late_takes_no_wild_step():
+    """As where layers are unfrozen in the course of training: it has no variance to divide by."""
+    early, late = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    optimizer = OneBitAdam([early, late], lr=0.01, freeze_step=3)
+    for step in range(8):
+        early.grad = torch.full((3,), 2.0)
+        late.grad = torch.full((3,), 2.0) if step > 4 else None
+        optimizer.step()
+    assert (late - 1).abs().max() < 0.1, late
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
