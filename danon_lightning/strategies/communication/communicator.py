@@ -257,11 +257,11 @@ class GradientCommunicator:
             raise ValueError("sparse gradients cannot be exchanged: set sparse=False on the embedding")
         future: Future[Tensor] = Future(devices=[self._device]) if self._stream else Future()
         ready = torch.cuda.current_stream(self._device).record_event() if self._stream else None
-        if bucket.index() == 0 and self._loss_scale is not None:
-            self._scale = self._loss_scale()
-        if bucket.is_last():
-            self._last_bucket_came = time.perf_counter()
         first, last = bucket.index() == 0, bucket.is_last()
+        if first and self._loss_scale is not None:
+            self._scale = self._loss_scale()
+        if last:
+            self._last_bucket_came = time.perf_counter()
         self._queue.put(_Bucket(bucket.buffer(), bucket.parameters(), first, last, future, ready, self._scale))
         return future
 
@@ -359,9 +359,8 @@ class GradientCommunicator:
             else:
                 memory.roll_back()
                 self._stats.skipped_steps += 1
-                last.buffer.fill_(
-                    torch.nan
-                )  # a gradient scaler must see it too, also where the bad element was not sent
+                # A gradient scaler must see it too, also where the bad element was not sent.
+                last.buffer.fill_(torch.nan)
         now = time.perf_counter()
         self._stats.exposed_seconds += now - self._last_bucket_came
         self._busy_seconds += now - self._busy_since
