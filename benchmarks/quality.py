@@ -1,11 +1,11 @@
 """What compression costs in quality: the validation loss of a small language model after the same number of steps.
 
-    python benchmarks/quality.py                          # all, five seeds: some ten minutes
+    python benchmarks/quality.py                          # all, five seeds: about an hour
     python benchmarks/quality.py --only dense int8 --seeds 2
 
 Two ranks train a byte-level transformer on the text of Python's own standard library, exchanging gradients as if a slow
 link lay between them. A compressed run sees the same batches from the same initial weights as the dense run with the
-same optimizer, to which it is compared seed by seed.
+same optimizer, to which it is compared seed by seed. Learning rates are those that suit the dense runs.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from danon_lightning.strategies import (
 )
 from danon_lightning.testing import run_distributed
 
-CONTEXT, BATCH, RANKS, VALIDATION_BATCHES = 128, 8, 2, 32
+CONTEXT, BATCH, RANKS, VALIDATION_BATCHES = 32, 8, 2, 64
 MODEL = {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "max_sequence_length": CONTEXT}
 
 
@@ -54,37 +54,45 @@ class Variant:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-ADAM = {"learning_rate": 4e-3, "warmup_steps": 30}
-FROZEN = {"freeze_step": 90}
-SGD = {"learning_rate": 0.1, "warmup_steps": 30, "weight_decay": 0.0}
-VARIANTS = {
-    "dense": Variant("adamw"),
-    "fp16": Variant("adamw", lambda: "fp16"),
-    "bf16": Variant("adamw", lambda: "bf16"),
-    "int8": Variant("adamw", Int8Compressor),
-    "int8, stochastic": Variant("adamw", lambda: Int8Compressor(stochastic=True)),
-    "int4": Variant("adamw", Int4Compressor),
-    "int4, stochastic": Variant("adamw", lambda: Int4Compressor(stochastic=True)),
-    "int4, error feedback": Variant("adamw", Int4Compressor, {"error_feedback": True}),
-    "topk 1 %": Variant("adamw", lambda: TopKCompressor(0.01)),
-    "topk 1 %, warm-up": Variant("adamw", lambda: TopKCompressor(0.01, warmup_steps=90)),
-    "randomk 1 %": Variant("adamw", lambda: RandomKCompressor(0.01)),
-    "powersgd rank 4": Variant("adamw", lambda: PowerSGDCompressor(4)),
-    "1-bit adam": Variant("onebit_adam", lambda: "sign", settings=FROZEN),
-    "frozen variance, topk 1 %": Variant("onebit_adam", lambda: TopKCompressor(0.01), settings=FROZEN),
-    "frozen variance, powersgd rank 4": Variant("onebit_adam", lambda: PowerSGDCompressor(4), settings=FROZEN),
-    "sgd dense": Variant("sgd"),
-    "sgd int4": Variant("sgd", Int4Compressor),
-    "sgd sign": Variant("sgd", lambda: "sign"),
-    "sgd topk 1 %, warm-up": Variant("sgd", lambda: TopKCompressor(0.01, warmup_steps=90)),
-    "sgd topk 1 %, warm-up, momentum correction": Variant(
-        "sgd",
-        lambda: TopKCompressor(0.01, warmup_steps=90),
-        {"error_feedback": ErrorFeedback(momentum=0.9)},
-        {"momentum": 0.0},
-    ),
-    "sgd powersgd rank 4": Variant("sgd", lambda: PowerSGDCompressor(4)),
-}
+ADAM = {"learning_rate": 4e-3}
+SGD = {"learning_rate": 0.3, "weight_decay": 0.0}
+
+
+def variants(steps: int) -> dict[str, Variant]:
+    """All of them by name. What warms up does so in the first fifth of the steps."""
+    fifth = max(1, steps // 5)
+    frozen = {"freeze_step": fifth}
+
+    def topk() -> TopKCompressor:
+        return TopKCompressor(0.01, warmup_steps=fifth)
+
+    return {
+        "dense": Variant("adamw"),
+        "fp16": Variant("adamw", lambda: "fp16"),
+        "bf16": Variant("adamw", lambda: "bf16"),
+        "int8": Variant("adamw", Int8Compressor),
+        "int8, stochastic": Variant("adamw", lambda: Int8Compressor(stochastic=True)),
+        "int4": Variant("adamw", Int4Compressor),
+        "int4, stochastic": Variant("adamw", lambda: Int4Compressor(stochastic=True)),
+        "int4, error feedback": Variant("adamw", Int4Compressor, {"error_feedback": True}),
+        "topk 1 %, warm-up": Variant("adamw", topk),
+        "randomk 1 %": Variant("adamw", lambda: RandomKCompressor(0.01)),
+        "powersgd rank 4": Variant("adamw", lambda: PowerSGDCompressor(4)),
+        "1-bit adam": Variant("onebit_adam", lambda: "sign", settings=frozen),
+        "frozen variance, topk 1 %": Variant("onebit_adam", lambda: TopKCompressor(0.01), settings=frozen),
+        "frozen variance, powersgd rank 4": Variant("onebit_adam", lambda: PowerSGDCompressor(4), settings=frozen),
+        "sgd dense": Variant("sgd"),
+        "sgd int8": Variant("sgd", Int8Compressor),
+        "sgd int4": Variant("sgd", Int4Compressor),
+        "sgd sign": Variant("sgd", lambda: "sign"),
+        "sgd topk 1 %": Variant("sgd", lambda: TopKCompressor(0.01)),
+        "sgd topk 1 %, warm-up": Variant("sgd", topk),
+        "sgd topk 1 %, warm-up, momentum correction": Variant(
+            "sgd", topk, {"error_feedback": ErrorFeedback(momentum=0.9)}, {"momentum": 0.0}
+        ),
+        "sgd randomk 1 %": Variant("sgd", lambda: RandomKCompressor(0.01)),
+        "sgd powersgd rank 4": Variant("sgd", lambda: PowerSGDCompressor(4)),
+    }
 
 
 class _Loss(nn.Module):
@@ -110,14 +118,18 @@ def train(train_path: str, val_path: str, names: list[str], seeds: int, steps: i
     text, held_out = (torch.from_numpy(np.fromfile(path, dtype=np.uint8)) for path in (train_path, val_path))
     validation = batches(held_out, VALIDATION_BATCHES, 16, torch.Generator().manual_seed(0))
     return {
-        name: [_train_once(VARIANTS[name], seed, steps, text, validation, rank) for seed in range(seeds)]
+        name: [_train_once(variants(steps)[name], seed, steps, text, validation, rank) for seed in range(seeds)]
         for name in names
     }
 
 
 def _train_once(variant: Variant, seed: int, steps: int, text: Tensor, validation: list[Tensor], rank: int) -> float:
     torch.manual_seed(seed)
-    settings = {**(SGD if variant.optimizer == "sgd" else ADAM), **variant.settings}
+    settings = {
+        "warmup_steps": max(1, steps // 50),
+        **(SGD if variant.optimizer == "sgd" else ADAM),
+        **variant.settings,
+    }
     config = OptimizerConfig(name=variant.optimizer, **settings)
     model = FullAttentionLightning(MODEL, config)
     ddp = DistributedDataParallel(_Loss(model), gradient_as_bucket_view=True)
@@ -142,25 +154,26 @@ def main() -> None:
     """Train and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5, help="runs of each variant")
-    parser.add_argument("--steps", type=int, default=300, help="optimizer steps of a run")
-    parser.add_argument("--only", nargs="*", choices=list(VARIANTS), help="these variants; the dense ones are added")
+    parser.add_argument("--steps", type=int, default=3000, help="optimizer steps of a run")
+    parser.add_argument("--only", nargs="*", choices=list(variants(1)), help="these variants; the dense ones are added")
     parser.add_argument("--json", help="write the losses to this file")
     args = parser.parse_args()
-    chosen = args.only or list(VARIANTS)
-    needed = {"sgd dense" if VARIANTS[name].optimizer == "sgd" else "dense" for name in chosen}
-    names = [name for name in VARIANTS if name in chosen or name in needed]
+    every = variants(args.steps)
+    chosen = args.only or list(every)
+    reference = {name: "sgd dense" if variant.optimizer == "sgd" else "dense" for name, variant in every.items()}
+    names = [name for name in every if name in chosen or name in {reference[other] for other in chosen}]
 
     corpus = prepare_corpus(list_source(None, "**/*.py"), 0.05, default_cache_dir())
     losses = run_distributed(
         train, RANKS, str(corpus.train_path), str(corpus.val_path), names, args.seeds, args.steps,
-        ranks_per_node=1, timeout=7200,
+        ranks_per_node=1, timeout=6 * 3600,
     )[0]  # fmt: skip
     title = f"validation loss after {args.steps} steps, {args.seeds} seeds, {RANKS} ranks"
     table = Table("gradients", "nats a byte", "dense = 100 %", "best and worst seed", title=title)
     rows = {}
     for name in names:
-        dense = losses["sgd dense" if VARIANTS[name].optimizer == "sgd" else "dense"]
-        ratios = [loss / reference for loss, reference in zip(losses[name], dense, strict=True)]
+        dense = losses[reference[name]]
+        ratios = [loss / other for loss, other in zip(losses[name], dense, strict=True)]
         mean = statistics.fmean(losses[name]) / statistics.fmean(dense)
         rows[name] = {"losses": losses[name], "ratio": mean, "ratios": ratios}
         table.add_row(

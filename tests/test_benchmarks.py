@@ -26,8 +26,9 @@ def test_the_cost_of_kernels_is_printed_and_written(tmp_path):
 def test_the_cost_in_quality_is_printed_and_written(tmp_path):
     file = tmp_path / "quality.json"
     variants = ["int8", "sgd topk 1 %, warm-up, momentum correction"]
-    output = run("quality.py", "--only", *variants, "--seeds", "1", "--steps", "2", "--json", str(file))
+    output = run("quality.py", "--only", *variants, "--seeds", "1", "--steps", "10", "--json", str(file))
     assert "dense" in output
     results = json.loads(file.read_text())["results"]
     assert set(results) == {"dense", "int8", "sgd dense", "sgd topk 1 %, warm-up, momentum correction"}
-    assert all(0.9 < row["ratio"] < 1.1 for row in results.values())
+    assert results["dense"]["ratio"] == results["sgd dense"]["ratio"] == 1
+    assert all(0.5 < row["ratio"] < 2 for row in results.values())

@@ -96,7 +96,12 @@ def test_variants_that_fail_are_reported_and_leave_nothing_behind(tmp_path):
 def test_interrupted_it_leaves_nothing_behind():
     command = [sys.executable, "-u", "-m", "danon_lightning.benchmark.command_line", "communication"]
     with subprocess.Popen(
-        [*command, "--ranks", "1", "--mbit", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*command, "--ranks", "1", "--mbit", "1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Shells start background jobs with the signal ignored, which children inherit.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         try:
             assert any("1 Mbit/s: alone" in line for line in process.stdout)

@@ -5,6 +5,7 @@ With them what tests of the exchange need on each rank.
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -104,7 +105,7 @@ def emulated_mesh(nodes: int, ranks: int, folder: str) -> Iterator["object | Non
 
     launched = int(os.environ["RANK"])
     if dist.is_initialized():
-        dist.destroy_process_group()
+        _leave_process_group()
     os.environ["DANON_TEST_MESHES"] = number = str(int(os.environ.get("DANON_TEST_MESHES", "0")) + 1)
     mesh = Mesh(nodes, ranks, launched) if launched < nodes * ranks else None
     if mesh is not None:
@@ -113,7 +114,14 @@ def emulated_mesh(nodes: int, ranks: int, folder: str) -> Iterator["object | Non
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=launched, world_size=mesh.world_size)
     yield mesh
     if mesh is not None:
-        dist.destroy_process_group()
+        _leave_process_group()
+
+
+def _leave_process_group():
+    # A group's threads take the GIL to let go of the last tensors they handled. If DDP is the group's last owner, it
+    # waits for these threads when it is freed, and holds the GIL meanwhile: so they get it here.
+    time.sleep(0.05)
+    dist.destroy_process_group()
 
 
 @contextmanager
