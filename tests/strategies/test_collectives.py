@@ -113,7 +113,7 @@ class Simulation:
             blocks = torch.nn.functional.pad(values, (0, -len(values) % compressor.block_size))
             blocks = blocks.view(-1, compressor.block_size)
             scale = blocks.abs().amax(dim=1, keepdim=True) / largest
-            return ((blocks / scale).round() * scale).flatten()[: len(values)]
+            return ((blocks * (1 / scale)).round() * scale).flatten()[: len(values)]
         key = "state", group, region.parameter, region.start
         context = Context(self.number, state=self.memory.get(key, {}))
         payload = torch.zeros(compressor.payload_bytes(len(values), self.number), dtype=torch.uint8)

@@ -114,6 +114,10 @@ def transcript(codec, values, residual, decay, step):
         codec.decode(payload, out)
         codec.decode(payload, onto, add=True)
         results += [payload, out, onto, torch.tensor(list(state.values()), dtype=torch.float64)]
+    for terms in ([values], [values, residual], [values, residual, values]):
+        payload = torch.full((codec.payload_bytes(numel, step),), 0xAA, dtype=torch.uint8)
+        finite = codec.encode_sum(terms, 0.3, payload, Context(step=step, seed=5))
+        results += [payload, torch.tensor(finite)]
     return results
 
 

@@ -25,8 +25,9 @@ COMPRESSORS = {
 
 
 def plan(compressor, layout, parameters=PARAMETERS, row_numel=ROW, region_numel=ROW):
-    sizes = {"row_numel": row_numel, "dense_row_numel": row_numel, "region_numel": region_numel}
-    return plan_messages(parameters, layout=layout, compressor=compressor, **sizes)
+    return plan_messages(
+        parameters, layout=layout, compressor=compressor, row_numel=row_numel, region_numel=region_numel
+    )
 
 
 def rows_of(message):

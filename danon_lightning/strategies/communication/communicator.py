@@ -32,11 +32,10 @@ from danon_lightning.strategies.communication.stats import CommunicationStats
 from danon_lightning.strategies.mesh import Mesh
 
 # Of what one rank sums of a message over its node: few messages, for each costs about a millisecond of processor time,
-# but enough of them to keep the pipeline full. Dense ones that go to other nodes are half as long, or filling and
-# emptying the pipeline would take too long.
+# but enough of them to keep the pipeline full.
 _CPU_ROW_BYTES = 4 << 20
-# What is summed shall still be in the cache (of 1 MB or more) when it is coded.
-_CPU_REGION_NUMEL = 1 << 18
+# What is summed shall still be in the cache (of about 2 MB) when it is coded.
+_CPU_REGION_NUMEL = 1 << 19
 # nccl cuts messages up by itself; what counts is that a launch is worth its while.
 _CUDA_ROW_BYTES = 16 << 20
 _CUDA_REGION_NUMEL = 1 << 22
@@ -312,7 +311,6 @@ class GradientCommunicator:
                 layout=Layout(*self._levels),
                 compressor=exchange.compressor,
                 row_numel=row_numel,
-                dense_row_numel=row_numel // 2 if exchange.outer.size > 1 else row_numel,
                 region_numel=_CUDA_REGION_NUMEL if self._stream else _CPU_REGION_NUMEL,
             )
         return self._plans[key]

@@ -2,13 +2,14 @@
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from danon_lightning.strategies.communication import kernels
 from danon_lightning.strategies.communication.compressors import Compressor, LinearCompressor
 from danon_lightning.strategies.communication.compressors.base import Context, Region
 
@@ -168,6 +169,19 @@ class Memory:
             return True
         every = self.feedback.flush_every if self.feedback else None
         return every is not None and (self.step + 1) % every == 0
+
+    def encode_sum(self, region: Region, sources: Sequence[Tensor], scale: float, payload: Tensor) -> "bool | Tensor":
+        """Code a worker's ``scale · Σ sources`` (each ``[n]``) into ``payload``; returns whether it is finite."""
+        assert isinstance(self.compressor, Compressor)
+        if self.feedback is None and not self._exchanges_momentum:
+            slot, context = self._touch("worker", region), self.context("worker", region)
+            finite = self.compressor.encode_sum(sources, scale, payload, context)
+            slot.new_state = context.new_state
+            return finite
+        values = torch.empty_like(sources[0], dtype=torch.float32)
+        finite = kernels.add_scaled(values, sources, scale)
+        self.encode("worker", region, values, payload)
+        return finite
 
     def encode(self, role: Role, region: Region, values: Tensor, payload: Tensor) -> None:
         """Code ``values`` (float32 ``[n]``, changed on the way) into ``payload``, feeding errors back."""

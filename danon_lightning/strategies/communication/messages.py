@@ -96,7 +96,6 @@ def plan_messages(
     layout: Layout,
     compressor: Compressor | LinearCompressor | None,
     row_numel: int,
-    dense_row_numel: int,
     region_numel: int,
 ) -> Plan:
     """Cut a bucket into messages, the same on every rank.
@@ -105,8 +104,7 @@ def plan_messages(
         parameters: Names and parameters in the order in which their gradients lie in the bucket.
         layout: Sizes of the two levels.
         compressor: What the large parameters are coded with; None if all is dense.
-        row_numel: Elements of a compressed message at most that one inner rank sums.
-        dense_row_numel: The same for a dense message.
+        row_numel: Elements of a message at most that one inner rank sums.
         region_numel: Elements of a region at most, where regions are not whole parameters.
     """
     packer = _Packer(layout, compressor, row_numel, region_numel)
@@ -119,7 +117,7 @@ def plan_messages(
             dense.append(Piece(offset, numel, Region(name, 0, numel)))
         offset += numel
     messages: list[Message | LinearMessage] = list(packer.messages())
-    messages += _dense_messages(_merge(dense), layout, dense_row_numel * layout.inner)
+    messages += _dense_messages(_merge(dense), layout, row_numel * layout.inner)
     return Plan(tuple(messages), tuple(dense))
 
 

@@ -166,12 +166,16 @@ class Collected:
 
     def sum(self, piece: Piece, out: Tensor, *, unscaled: bool) -> None:
         """This node's share of the mean of the next piece (in their order), without the loss scale if ``unscaled``."""
+        sources, share = self.terms(piece, unscaled=unscaled)
+        self._exchange.note_finite(add_up(out, sources, share))
+
+    def terms(self, piece: Piece, *, unscaled: bool) -> tuple[list[Tensor], float]:
+        """What :meth:`sum` adds up, and what it multiplies the sum with."""
         own, start = self._exchange.inner.index, self._offset
         self._offset += piece.numel
         sources = [row[start : self._offset] for row in self._rows]
         sources[own] = view(piece, self._bucket)
-        share = self._share / self._exchange.loss_scale if unscaled else self._share
-        self._exchange.note_finite(add_up(out, sources, share))
+        return sources, self._share / self._exchange.loss_scale if unscaled else self._share
 
     def release(self) -> None:
         """Done with it."""

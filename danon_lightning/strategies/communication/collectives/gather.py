@@ -20,7 +20,7 @@ def average_gathered(exchange: Exchange, message: Message, bucket: Tensor) -> St
     shared = exchange.inner.all_gather([row_offsets(row)[-1] for row in sizes])
     across = exchange.outer.all_gather(sizes[own], split_rows(shared.outgoing[own], sizes[own]))
 
-    code(exchange, collected, rows[own], across.outgoing[exchange.outer.index], bucket)
+    code(exchange, collected, rows[own], across.outgoing[exchange.outer.index])
     collected.release()
     exchange.count_sent(sizes[own][0] * (nodes - 1))
     exchange.count_dense(count(rows[own]))

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 from danon_lightning.strategies.communication.collectives.exchange import Collected, Exchange, view
@@ -26,15 +25,14 @@ def split_payloads(exchange: Exchange, pieces: Sequence[Piece], row: Tensor) -> 
     return payloads
 
 
-def code(exchange: Exchange, collected: Collected, pieces: Sequence[Piece], row: Tensor, bucket: Tensor) -> None:
+def code(exchange: Exchange, collected: Collected, pieces: Sequence[Piece], row: Tensor) -> None:
     """Sum the next pieces over the node and code them into ``row``."""
     memory = exchange.memory
     assert memory is not None
     for piece, payload in zip(pieces, split_payloads(exchange, pieces, row), strict=True):
         assert piece.region is not None
-        values = torch.empty(piece.numel, device=bucket.device)
-        collected.sum(piece, values, unscaled=True)
-        memory.encode("worker", piece.region, values, payload)
+        terms, share = collected.terms(piece, unscaled=True)
+        exchange.note_finite(memory.encode_sum(piece.region, terms, share, payload))
 
 
 def deliver_payloads(exchange: Exchange, pieces: Sequence[Piece], rows: Sequence[Tensor], bucket: Tensor) -> None:

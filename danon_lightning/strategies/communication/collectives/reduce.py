@@ -32,7 +32,7 @@ def average_reduced(exchange: Exchange, message: Message, bucket: Tensor) -> Ste
     back = exchange.outer.all_gather(my_sizes, split_rows(shared.outgoing[own], my_sizes))
 
     for part, row in zip(mine, across.outgoing, strict=True):
-        code(exchange, collected, part, row, bucket)
+        code(exchange, collected, part, row)
     collected.release()
     sent = sum(my_sizes) - my_sizes[node] + my_sizes[node] * (exchange.outer.size - 1)
     exchange.count_sent(sent)

@@ -1,12 +1,14 @@
 """What a compressor is. To add one of your own, subclass :class:`Compressor`: the documentation shows how."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+
+from danon_lightning.strategies.communication import kernels
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,23 @@ class Compressor(ABC):
         sent = torch.empty_like(values)
         self.decode(payload, sent)
         new_residual.sub_(sent)
+
+    def encode_sum(self, sources: Sequence[Tensor], scale: float, payload: Tensor, context: Context) -> "bool | Tensor":
+        """Code ``scale · (sources[0] + sources[1] + …)``, added in this order in float32; returns whether it is finite.
+
+        Args:
+            sources: Tensors ``[n]`` of any floating-point type, on one device.
+            scale: A factor, rounded to float32.
+            payload: See :meth:`encode`.
+            context: See :meth:`encode`.
+
+        Returns:
+            A bool; on CUDA a bool tensor, for which the host has not waited.
+        """
+        values = torch.empty_like(sources[0], dtype=torch.float32)
+        finite = kernels.add_scaled(values, sources, scale)
+        self.encode(values, payload, context)
+        return finite
 
     def prefers_dense(self, step: int, groups: int) -> bool:
         """Whether at exchange number ``step`` among ``groups`` ranks plain float32 is the better choice.

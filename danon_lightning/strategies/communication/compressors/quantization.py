@@ -1,6 +1,7 @@
 """Linear quantization with one scale a block: what int8 and int4 share."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -19,7 +20,8 @@ from danon_lightning.strategies.communication.compressors.blocks import (
 
 
 class LinearQuantizer(Compressor):
-    """Integers c with |c| ≤ ``largest_code``; x̂ = c · s, where s = max|x| / ``largest_code`` over the block.
+    """Integers c = round(x · (1/s)) with |c| ≤ ``largest_code``; x̂ = c · s. Here s = max|x| / ``largest_code`` over the
+    block, and 1/s is rounded first: to multiply takes half as long as to divide.
 
     Wire format: the float32 scales of all blocks, then the codes of the real elements, then zeros up to a multiple of
     four bytes. The last block may be shorter than the others; its scale is that of its real elements.
@@ -62,12 +64,12 @@ class LinearQuantizer(Compressor):
             return
         numel, blocks = values.numel(), as_blocks(values, self.block_size)
         scale = usable_scale(blocks.abs().amax(dim=1, keepdim=True) / self.largest_code)  # NaN, Inf pass through amax
-        codes = blocks / torch.where(scale > 0, scale, torch.inf)
+        codes = blocks * torch.where(scale > 0, 1 / scale, 0.0)
         if noise is None:
             codes.round_()
         else:
             codes.add_(as_blocks(noise, self.block_size)).floor_()
-        # A value divided by an infinite or NaN scale: what it becomes does not matter, its block decodes to NaN.
+        # What becomes of a block whose scale is NaN does not matter: it decodes to NaN.
         codes.clamp_(-self.largest_code, self.largest_code).nan_to_num_(0.0)
         packed = self._pack(codes.flatten()[:numel])
         start, stop = self._codes(numel)
@@ -85,6 +87,23 @@ class LinearQuantizer(Compressor):
         else:
             noise = self._noise(values, context)
             self._encode_compiled(values, residual, decay, new_residual, noise, payload)
+
+    @override
+    def encode_sum(self, sources: Sequence[Tensor], scale: float, payload: Tensor, context: Context) -> "bool | Tensor":
+        """See the base class; compiled, the sum is not written to memory."""
+        loops = kernels.library_for(payload, *sources) if sources[0].dtype == torch.float32 else None
+        if loops is None:
+            return super().encode_sum(sources, scale, payload, context)
+        noise = self._noise(sources[0], context)
+        numel = sources[0].numel()
+        start, stop = self._codes(numel)
+        finite = loops.danon_quantize_sum(
+            *(self.largest_code, kernels.addresses(sources), len(sources), scale),
+            *(kernels.address(noise), numel, self.block_size),
+            *(kernels.address(payload), kernels.address(payload, start)),
+        )
+        payload[stop:].zero_()
+        return bool(finite)
 
     @override
     def decode(self, payload: Tensor, out: Tensor, *, add: bool = False) -> None:

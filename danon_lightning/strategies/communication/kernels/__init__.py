@@ -4,14 +4,13 @@ Without a compiler, on other systems than Linux, on other devices, or with ``DAN
 does the same in more passes over memory. Ranks with and without kernels can therefore train together.
 """
 
-import ctypes
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from danon_lightning.strategies.communication.kernels import loading
-from danon_lightning.strategies.communication.kernels.loading import address, library_for
+from danon_lightning.strategies.communication.kernels.loading import address, addresses, library_for
 
 
 def available() -> bool:
@@ -47,8 +46,7 @@ def add_scaled(out: Tensor, sources: Sequence[Tensor], scale: float) -> bool | T
     """
     loops = library_for(out, *sources) if all(source.dtype == torch.float32 for source in sources) else None
     if loops is not None:
-        pointers = (ctypes.c_void_p * len(sources))(*(address(source) for source in sources))
-        return bool(loops.danon_add_scaled(address(out), pointers, len(sources), out.numel(), scale))
+        return bool(loops.danon_add_scaled(address(out), addresses(sources), len(sources), out.numel(), scale))
     out.copy_(sources[0])
     for source in sources[1:]:
         out.add_(source)
@@ -56,4 +54,4 @@ def add_scaled(out: Tensor, sources: Sequence[Tensor], scale: float) -> bool | T
     return bool(finite) if out.device.type == "cpu" else finite
 
 
-__all__ = ["add_scaled", "address", "available", "copy", "library_for"]
+__all__ = ["add_scaled", "address", "addresses", "available", "copy", "library_for"]

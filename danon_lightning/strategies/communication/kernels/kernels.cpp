@@ -59,6 +59,21 @@ INLINE void combine(const float* __restrict values, const float* __restrict resi
     for (int64_t i = 0; i < n; i++) sum[i] = residual[i] * decay + values[i];
 }
 
+// sum = share * (sources[0] + sources[1] + ...), elements from `at` on, added in this order; `sum` may be sources[0].
+INLINE void add_up(const float* const* sources, int32_t count, int64_t at, float share, float* sum, int64_t n) {
+    if (count == 2) {  // the usual case, in one pass
+        const float *x = sources[0] + at, *y = sources[1] + at;
+        for (int64_t i = 0; i < n; i++) sum[i] = (x[i] + y[i]) * share;
+        return;
+    }
+    if (sources[0] + at != sum) memcpy(sum, sources[0] + at, 4 * (size_t)n);
+    for (int32_t s = 1; s < count; s++) {
+        const float* __restrict x = sources[s] + at;
+        for (int64_t i = 0; i < n; i++) sum[i] += x[i];
+    }
+    for (int64_t i = 0; i < n; i++) sum[i] *= share;
+}
+
 // Write past the caches what nobody reads soon on this core: memory then need not be read before it is written, which is
 // half of the traffic. Such writes become visible to other threads in no order until `finish_stream`.
 INLINE void stream(const float* __restrict x, float* __restrict out, int64_t n) {
@@ -85,20 +100,22 @@ INLINE float usable(float scale) {
 
 // ---- linear quantization: int8 (Largest = 127) and int4 (Largest = 7)
 
-// codes = round(x / scale); where an error is kept, x becomes x - code * scale. Noise makes the rounding stochastic.
+// codes = round(x * (1 / scale)); where an error is kept, x becomes x - code * scale. Noise makes the rounding stochastic.
 template <int Largest, bool Stochastic, bool Feedback>
 INLINE void round_piece(float* __restrict x, const float* __restrict noise, float scale, int8_t* __restrict codes,
                         int64_t n) {
+    const float inverse = 1.f / scale;
     for (int64_t i = 0; i < n; i++) {
-        float r = x[i] / scale;
+        float r = x[i] * inverse;
         r = Stochastic ? __builtin_floorf(r + noise[i]) : __builtin_rintf(r);
-        r = r > (float)Largest ? (float)Largest : r;
-        r = r < (float)-Largest ? (float)-Largest : r;
+        if (Stochastic) {  // else |r| cannot exceed it: the greatest x makes Largest * (1 + 2^-22) at most
+            r = r > (float)Largest ? (float)Largest : r;
+            r = r < (float)-Largest ? (float)-Largest : r;
+        }
+        codes[i] = (int8_t)(int32_t)r;
         // -0 becomes 0, as in an integer. Converting there and back will not do: with -fno-trapping-math, GCC 12 makes a
         // truncation of it, which keeps the sign.
-        r += 0.f;
-        codes[i] = (int8_t)(int32_t)r;
-        if (Feedback) x[i] -= r * scale;
+        if (Feedback) x[i] -= (r + 0.f) * scale;
     }
 }
 
@@ -161,6 +178,35 @@ void quantize(const float* values, const float* residual, float decay, float* ne
         else if (m == 64) quantize_block<Largest, Stochastic, Feedback>(values + o, e, decay, next, u, 64, scales + b, c);
         else quantize_block<Largest, Stochastic, Feedback>(values + o, e, decay, next, u, m, scales + b, c);
     }
+}
+
+// Codes a sum that is nowhere written as a whole. Whether it is finite.
+template <int Largest, bool Stochastic>
+bool quantize_sum(const float* const* sources, int32_t count, float share, const float* noise, int64_t n, int64_t block,
+                  float* scales, uint8_t* codes) {
+    std::vector<float> sum((size_t)block);
+    float* x = sum.data();
+    bool finite = true;
+    for (int64_t o = 0, b = 0; o < n; o += block, b++) {
+        const int64_t m = smaller(block, n - o);
+        const float* u = Stochastic ? noise + o : nullptr;
+        uint8_t* c = codes + (Largest == 127 ? o : o / 2);
+        if (o + 3 * block <= n)
+            for (int32_t s = 0; s < count; s++)
+                for (int64_t i = 0; i < block; i += 16) __builtin_prefetch(sources[s] + o + 2 * block + i);
+        if (m == 256) {
+            add_up(sources, count, o, share, x, 256);
+            quantize_block<Largest, Stochastic, false>(x, nullptr, 0.f, nullptr, u, 256, scales + b, c);
+        } else if (m == 64) {
+            add_up(sources, count, o, share, x, 64);
+            quantize_block<Largest, Stochastic, false>(x, nullptr, 0.f, nullptr, u, 64, scales + b, c);
+        } else {
+            add_up(sources, count, o, share, x, m);
+            quantize_block<Largest, Stochastic, false>(x, nullptr, 0.f, nullptr, u, m, scales + b, c);
+        }
+        finite &= scales[b] == scales[b];
+    }
+    return finite;
 }
 
 template <int Largest, bool Add>
@@ -331,19 +377,13 @@ void danon_copy(float* out, const float* source, int64_t n) {
     finish_stream();
 }
 
-// out = scale * (sources[0] + sources[1] + ...), added in this order; `out` may be sources[0]. Whether all is finite.
-int32_t danon_add_scaled(float* out, const float* const* sources, int32_t count, int64_t n, float scale) {
+// out = share * (sources[0] + sources[1] + ...), added in this order; `out` may be sources[0]. Whether all is finite.
+int32_t danon_add_scaled(float* out, const float* const* sources, int32_t count, int64_t n, float share) {
     int32_t most = 0;
     for (int64_t o = 0; o < n; o += 4 * kPiece) {
         const int64_t m = smaller(4 * kPiece, n - o);
-        float* __restrict d = out + o;
-        if (sources[0] != out) memcpy(d, sources[0] + o, 4 * (size_t)m);
-        for (int32_t s = 1; s < count; s++) {
-            const float* __restrict x = sources[s] + o;
-            for (int64_t i = 0; i < m; i++) d[i] += x[i];
-        }
-        for (int64_t i = 0; i < m; i++) d[i] *= scale;
-        const int32_t here = greatest(d, m);
+        add_up(sources, count, o, share, out + o, m);
+        const int32_t here = greatest(out + o, m);
         most = here > most ? here : most;
     }
     return most < kInfinity;
@@ -357,6 +397,14 @@ void danon_quantize(int32_t largest, const float* values, const float* residual,
                               : (noise ? (residual ? quantize<7, true, true> : quantize<7, true, false>)
                                        : (residual ? quantize<7, false, true> : quantize<7, false, false>));
     run(values, residual, decay, new_residual, noise, n, block, scales, codes);
+}
+
+// The same for share * (sources[0] + sources[1] + ...), added in this order. Whether all of it is finite.
+int32_t danon_quantize_sum(int32_t largest, const float* const* sources, int32_t count, float share, const float* noise,
+                           int64_t n, int64_t block, float* scales, uint8_t* codes) {
+    auto run = largest == 127 ? (noise ? quantize_sum<127, true> : quantize_sum<127, false>)
+                              : (noise ? quantize_sum<7, true> : quantize_sum<7, false>);
+    return run(sources, count, share, noise, n, block, scales, codes);
 }
 
 void danon_dequantize(int32_t largest, const float* scales, const uint8_t* codes, int64_t n, int64_t block, int32_t add,

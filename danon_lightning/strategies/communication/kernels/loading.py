@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import threading
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +18,10 @@ _SIGNATURES: dict[str, tuple[tuple[type, ...], type | None]] = {
     "danon_copy": ((_POINTER, _POINTER, _LONG), None),
     "danon_add_scaled": ((_POINTER, _POINTER, _INT, _LONG, _FLOAT), _INT),
     "danon_quantize": ((_INT, *_CODED, _POINTER, _LONG, _LONG, _POINTER, _POINTER), None),
+    "danon_quantize_sum": (
+        (_INT, _POINTER, _INT, _FLOAT, _POINTER, _LONG, _LONG, _POINTER, _POINTER),
+        _INT,
+    ),
     "danon_dequantize": ((_INT, _POINTER, _POINTER, _LONG, _LONG, _INT, _POINTER), None),
     "danon_encode_signs": ((*_CODED, _LONG, _LONG, _POINTER, _POINTER), None),
     "danon_decode_signs": ((_POINTER, _POINTER, _LONG, _LONG, _INT, _POINTER), None),
@@ -75,10 +80,15 @@ def library_for(*tensors: Tensor | None) -> ctypes.CDLL | None:
     """The kernels, if they can work on all of ``tensors`` (None stands for one left out): contiguous, on the CPU."""
     for tensor in tensors:
         if tensor is not None and not (
-            tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.dtype in (torch.float32, torch.uint8)
+            tensor.is_cpu and tensor.is_contiguous() and tensor.dtype in (torch.float32, torch.uint8)
         ):
             return None
     return library()
+
+
+def addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    """An array of the addresses of their first elements."""
+    return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
 
 
 def address(tensor: Tensor | None, offset: int = 0) -> int | None:
