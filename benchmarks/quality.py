@@ -112,15 +112,12 @@ def batches(data: Tensor, count: int, size: int, generator: torch.Generator) -> 
     return [torch.stack([data[s : s + CONTEXT + 1] for s in row.tolist()]).long() for row in starts]
 
 
-def train(train_path: str, val_path: str, names: list[str], seeds: int, steps: int) -> dict[str, list[float]]:
-    """Runs on each rank: the validation losses of each variant, by seed, in nats a byte."""
+def train(train_path: str, val_path: str, name: str, seeds: int, steps: int) -> list[float]:
+    """Runs on each rank: the validation losses of a variant, by seed, in nats a byte."""
     rank = dist.get_rank()
     text, held_out = (torch.from_numpy(np.fromfile(path, dtype=np.uint8)) for path in (train_path, val_path))
     validation = batches(held_out, VALIDATION_BATCHES, 16, torch.Generator().manual_seed(0))
-    return {
-        name: [_train_once(variants(steps)[name], seed, steps, text, validation, rank) for seed in range(seeds)]
-        for name in names
-    }
+    return [_train_once(variants(steps)[name], seed, steps, text, validation, rank) for seed in range(seeds)]
 
 
 def _train_once(variant: Variant, seed: int, steps: int, text: Tensor, validation: list[Tensor], rank: int) -> float:
@@ -164,10 +161,11 @@ def main() -> None:
     names = [name for name in every if name in chosen or name in {reference[other] for other in chosen}]
 
     corpus = prepare_corpus(list_source(None, "**/*.py"), 0.05, default_cache_dir())
-    losses = run_distributed(
-        train, RANKS, str(corpus.train_path), str(corpus.val_path), names, args.seeds, args.steps,
-        ranks_per_node=1, timeout=6 * 3600,
-    )[0]  # fmt: skip
+    losses = {}
+    for number, name in enumerate(names, 1):
+        print(f"{number} of {len(names)}: {name}", flush=True)
+        arguments = str(corpus.train_path), str(corpus.val_path), name, args.seeds, args.steps
+        losses[name] = run_distributed(train, RANKS, *arguments, ranks_per_node=1, timeout=3600)[0]
     title = f"validation loss after {args.steps} steps, {args.seeds} seeds, {RANKS} ranks"
     table = Table("gradients", "nats a byte", "dense = 100 %", "best and worst seed", title=title)
     rows = {}

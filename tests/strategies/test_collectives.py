@@ -8,7 +8,7 @@ import torch
 from danon_lightning.strategies import Compressor, ErrorFeedback, LinearCompressor
 from danon_lightning.strategies.communication import get_compressor
 from danon_lightning.strategies.communication.compressors.base import Context, Region
-from danon_lightning.strategies.communication.error_feedback import Memory
+from danon_lightning.strategies.communication.memory import Memory
 from danon_lightning.testing import run_distributed
 
 sys.path.insert(0, str(Path(__file__).parent))  # each rank imports this file anew, and its neighbour with it

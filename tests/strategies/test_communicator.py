@@ -218,6 +218,10 @@ class Sleep(torch.autograd.Function):
 
 
 class SlowInt8(Int8Compressor):
+    def encode_sum(self, sources, scale, payload, context):
+        time.sleep(0.2)
+        return super().encode_sum(sources, scale, payload, context)
+
     def encode(self, values, payload, context):
         time.sleep(0.2)
         super().encode(values, payload, context)
@@ -245,7 +249,7 @@ def test_time_is_hidden_beside_the_backward_pass_and_exposed_after_it(alone):
 
 def test_what_a_step_has_left_is_in_place_when_backward_returns(alone, monkeypatch):
     """Whoever writes a checkpoint right after ``backward()`` must not get the state before it."""
-    from danon_lightning.strategies.communication.error_feedback import Memory
+    from danon_lightning.strategies.communication.memory import Memory
 
     commit = Memory.commit
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from danon_lightning.strategies.communication.compressors.base import Compressor, Region
-from danon_lightning.strategies.communication.error_feedback import Memory
+from danon_lightning.strategies.communication.memory import Memory
 
 _VERSION = 1
 _CHUNK_BYTES = 32 << 20

@@ -25,8 +25,9 @@ from danon_lightning.strategies.communication.checkpoint import gather_state, re
 from danon_lightning.strategies.communication.collectives import Exchange, Steps, average
 from danon_lightning.strategies.communication.collectives.exchange import view
 from danon_lightning.strategies.communication.compressors import Compressor, LinearCompressor, get_compressor
-from danon_lightning.strategies.communication.error_feedback import ErrorFeedback, Memory, resolve_error_feedback
-from danon_lightning.strategies.communication.layout import build_levels, check_placement, node_identity
+from danon_lightning.strategies.communication.error_feedback import ErrorFeedback, resolve_error_feedback
+from danon_lightning.strategies.communication.layout import build_levels, group_of_all
+from danon_lightning.strategies.communication.memory import Memory
 from danon_lightning.strategies.communication.messages import Layout, Plan, plan_messages
 from danon_lightning.strategies.communication.stats import CommunicationStats
 from danon_lightning.strategies.mesh import Mesh
@@ -104,7 +105,7 @@ class GradientCommunicator:
         compressor = get_compressor(compression)
         feedback = resolve_error_feedback(error_feedback, compressor)
         self._row_bytes = _CUDA_ROW_BYTES if self._stream else _CPU_ROW_BYTES
-        self._everybody = _check_placement(mesh, self._stream is not None, timeout)
+        self._everybody = group_of_all(mesh, self._device, timeout)
         inner, outer = build_levels(
             mesh,
             hierarchical,
@@ -404,15 +405,3 @@ class _Bucket:
 class _Transfer:
     bucket: _Bucket
     steps: Steps[None]
-
-
-def _check_placement(mesh: Mesh, on_cuda: bool, timeout: timedelta | None) -> dist.ProcessGroup | None:
-    """Make the group of all ranks, and see whether they are placed as ``mesh`` says."""
-    if mesh.world_size == 1:
-        return None
-    group = dist.new_group(backend="nccl" if on_cuda else "gloo", timeout=timeout)
-    mine = torch.tensor([node_identity()], dtype=torch.int64, device="cuda" if on_cuda else "cpu")
-    identities = [torch.empty_like(mine) for _ in range(mesh.world_size)]
-    dist.all_gather(identities, mine, group=group)
-    check_placement(mesh, [int(identity) for identity in identities])
-    return group

@@ -74,6 +74,25 @@ def check_placement(mesh: Mesh, identities: Sequence[int]) -> None:
             )
 
 
+def group_of_all(mesh: Mesh, device: torch.device, timeout: timedelta | None) -> dist.ProcessGroup | None:
+    """Create a group of all ranks, and see whether they are placed as ``mesh`` says. Collective.
+
+    Returns:
+        The group; None for a single rank.
+
+    Raises:
+        ValueError: See :func:`check_placement`.
+    """
+    if mesh.world_size == 1:
+        return None
+    group = dist.new_group(backend="nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    mine = torch.tensor([node_identity()], dtype=torch.int64, device=device)
+    identities = [torch.empty_like(mine) for _ in range(mesh.world_size)]
+    dist.all_gather(identities, mine, group=group)
+    check_placement(mesh, [int(identity) for identity in identities])
+    return group
+
+
 def build_levels(
     mesh: Mesh,
     hierarchical: bool | Literal["auto"],

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from danon_lightning.strategies.communication import kernels
 from danon_lightning.strategies.communication.compressors import Compressor, LinearCompressor
-from danon_lightning.strategies.communication.error_feedback import Memory
 from danon_lightning.strategies.communication.levels import (
     LARGEST_MESSAGE_BYTES,
     ROW_ALIGNMENT,
@@ -28,6 +27,7 @@ from danon_lightning.strategies.communication.levels import (
     GroupLevel,
     Level,
 )
+from danon_lightning.strategies.communication.memory import Memory
 from danon_lightning.strategies.communication.messages import Piece
 
 # How many messages further the exchange goes before it waits for what a message has sent to other nodes: one is on the
@@ -69,8 +69,10 @@ class Exchange:
         return bool(self._finite)
 
     def begin_step(self, loss_scale: float) -> None:
-        """Set the scale, and forget what was found out about the last step."""
+        """Set the scale, forget what was found out about the last step, and see what this one exchanges."""
         self.loss_scale, self._finite = loss_scale, True
+        if self.memory is not None:
+            self.memory.begin_step()
 
     def close(self) -> None:
         """Give up the levels. Every rank does it, with nothing under way."""
