@@ -197,9 +197,7 @@ def _refuse_gradient(gradient: Tensor) -> None:
 
 def meta_of(tensor: Tensor) -> Tensor:
     """Shape, strides and dtype of a tensor, on the meta device."""
-    if isinstance(tensor, Absent):
-        return tensor.meta
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    return tensor.meta if isinstance(tensor, Absent) else shape_operations.on_meta(tensor)
 
 
 def with_arrived(tree: Any) -> Any:

@@ -107,11 +107,16 @@ def check_draw(func: torch._ops.OpOverload) -> None:
         )
 
 
+def on_meta(tensor: Tensor) -> Tensor:
+    """Shape, strides and dtype of an ordinary tensor, on the meta device."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
 def _to_meta(leaf: Any, absent: type[Tensor]) -> Any:
     if isinstance(leaf, absent):
         return leaf.meta  # type: ignore[attr-defined]
     if isinstance(leaf, Tensor):
-        return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta")
+        return on_meta(leaf)
     return torch.device("meta") if isinstance(leaf, torch.device) else leaf
 
 

@@ -79,13 +79,13 @@ class StagedModule:
         Raises:
             UnsupportedStepError: If the step cannot be cut here, or takes another way than in its dry run.
         """
-        first, stop = self.cuts.bounds[stage : stage + 2]
-        obstacle = micro_batch.recording.blocks[first].obstacle
+        own = self.cuts.blocks_of(stage)
+        obstacle = micro_batch.recording.blocks[own.start].obstacle
         if obstacle is not None:
-            raise UnsupportedStepError(f"the step cannot be cut before block {first}: {obstacle}")
+            raise UnsupportedStepError(f"the step cannot be cut before block {own.start}: {obstacle}")
         losses = nullcontext() if loss_factors is None else RescaledLosses(loss_factors)
         with self._hidden() as reveal, losses:
-            passage = Passage(micro_batch, range(first, stop), received, lambda: reveal(stage))
+            passage = Passage(micro_batch, own, received, lambda: reveal(stage))
             if stage == 0:
                 reveal(stage)
             try:
@@ -94,8 +94,8 @@ class StagedModule:
                 return passage.outgoing(reached)
         if stage < self.cuts.stages - 1:
             raise UnsupportedStepError(
-                f"stage {stage} should have ended at block {stop} of {self.blocks.name!r}, but the step went on: it "
-                "must not catch every exception (a bare except, or except BaseException), nor leave blocks out"
+                f"stage {stage} should have ended at block {own.stop} of {self.blocks.name!r}, but the step went on: "
+                "it must not catch every exception (a bare except, or except BaseException), nor leave blocks out"
             )
         passage.finish()
         missing = find_absent(result)

@@ -72,16 +72,19 @@ def draws_random_numbers(func: torch._ops.OpOverload) -> bool:
 
 def parameter_places(root: nn.Module) -> Iterator[tuple[str, dict[str, Tensor | None], str]]:
     """All places where parameters are kept: full name, the dictionary of the module and the key in it."""
-    for prefix, module in root.named_modules():
-        for key in module._parameters:
-            yield f"{prefix}.{key}" if prefix else key, module._parameters, key
+    return _places(root, 0)
 
 
 def buffer_places(root: nn.Module) -> Iterator[tuple[str, dict[str, Tensor | None], str]]:
     """The same for buffers."""
+    return _places(root, 1)
+
+
+def _places(root: nn.Module, which: int) -> Iterator[tuple[str, dict[str, Tensor | None], str]]:
     for prefix, module in root.named_modules():
-        for key in module._buffers:
-            yield f"{prefix}.{key}" if prefix else key, module._buffers, key
+        dictionary = tensor_dictionaries(module)[which]
+        for key in dictionary:
+            yield f"{prefix}.{key}" if prefix else key, dictionary, key
 
 
 def tensor_dictionaries(module: nn.Module) -> tuple[dict[str, Any], ...]:
