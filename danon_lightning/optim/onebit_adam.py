@@ -1,5 +1,6 @@
 """Adam whose momentum can be compressed to one bit."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -18,6 +19,10 @@ class OneBitAdam(torch.optim.Optimizer):
     2. From then on v (and its correction) stays as it is. A gradient communicator that is told of the optimizer
        compresses β₁·m + (1−β₁)·gᵢ in place of each rank's gradient gᵢ, and hands out the mean: the new m, which is
        found in ``.grad``. Under :class:`DanonHybridStrategy` with a compression this happens by itself.
+
+    An element whose gradient was small or absent while the variance was learnt (the embedding of a rare word) would
+    from then on leap by m/√v. So in the second phase no element goes further in a step than Adam itself ever does,
+    lr · max(1, (1−β₁)/√(1−β₂)): Kingma and Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015, section 2.1.
 
     Without a communicator that knows it, the second phase forms m from the gradient by itself: Adam with frozen
     variance.
@@ -122,6 +127,8 @@ class OneBitAdam(torch.optim.Optimizer):
         step = int(state["step"])
         variance = state["exp_avg_sq"] / (1 - beta2 ** min(step, group["freeze_step"]))
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.addcdiv_(
-            state["exp_avg"], variance.sqrt_().add_(group["eps"]), value=-group["lr"] / (1 - beta1**step)
-        )
+        change = state["exp_avg"] / variance.sqrt_().add_(group["eps"]) / (1 - beta1**step)
+        if frozen:
+            bound = max(1.0, (1 - beta1) / math.sqrt(1 - beta2))
+            change.clamp_(-bound, bound)
+        parameter.add_(change, alpha=-group["lr"])

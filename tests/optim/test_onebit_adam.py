@@ -77,7 +77,9 @@ def test_the_second_phase_follows_the_formula_with_the_variance_as_it_was():
                 v[name] = beta2 * v[name] + (1 - beta2) * gradient.double().square()
             corrected = v[name] / (1 - beta2 ** min(step, FREEZE))
             weights[name] *= 1 - lr * decay
-            weights[name] -= lr * m[name] / (1 - beta1**step) / (corrected.sqrt() + eps)
+            change = m[name] / (1 - beta1**step) / (corrected.sqrt() + eps)
+            bound = max(1.0, (1 - beta1) / (1 - beta2) ** 0.5)
+            weights[name] -= lr * (change.clamp(-bound, bound) if step > FREEZE else change)
         train(optimizer, model, 1, first=step)
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(parameter.double(), weights[name], rtol=1e-5, atol=1e-5)
@@ -120,6 +122,19 @@ def test_a_parameter_that_comes_late_takes_no_wild_step():
         late.grad = torch.full((3,), 2.0) if step > 4 else None
         optimizer.step()
     assert (late - 1).abs().max() < 0.1, late
+
+
+@pytest.mark.parametrize(("betas", "bound"), [((0.9, 0.95), 1.0), ((0.9, 0.9999), 10.0)])
+def test_an_element_without_variance_goes_no_further_than_in_adam(betas, bound):
+    """As the embedding of a word that has not occurred before the variance was frozen."""
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer = OneBitAdam([weight], lr=0.01, betas=betas, freeze_step=3)
+    for step in range(6):
+        before = weight.detach().clone()
+        weight.grad = torch.tensor([1.0, 5.0 if step > 2 else 0.0])
+        optimizer.step()
+        if step > 2:
+            torch.testing.assert_close(before[1] - weight[1], torch.tensor(0.01 * bound))
 
 
 @pytest.mark.parametrize(
