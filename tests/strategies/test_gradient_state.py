@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from danon_lightning.strategies import ErrorFeedback, Int4Compressor, Mesh, PowerSGDCompressor
+from danon_lightning.strategies import ErrorFeedback, GradientCommunicator, Int4Compressor, Mesh, PowerSGDCompressor
+from danon_lightning.strategies.communication import communicator as communicator_module
 from danon_lightning.testing import run_distributed
 
 sys.path.insert(0, str(Path(__file__).parent))  # each rank imports this file anew, and its neighbour with it
@@ -138,6 +139,35 @@ def go_on_elsewhere(mesh, label, compressor, feedback, file, first_step=4):
 
 def test_on_another_layout_the_sum_of_all_residuals_is_preserved(tmp_path):
     run_distributed(check_other_layouts, 4, str(tmp_path), timeout=200)
+
+
+@pytest.mark.parametrize("name", ["int8", "topk, momentum"])
+def test_regions_of_another_size_preserve_the_sum_too(alone, name, monkeypatch, tmp_path):
+    """As where a run that began on CPUs goes on on GPUs, whose regions are larger."""
+    compressor, feedback = cases()[name]
+    with exchange(alone, compressor, error_feedback=feedback) as (ddp, communicator):
+        for step in range(4):
+            give(ddp, given_gradients(step, 0))
+        torch.save((communicator.state_dict(per_rank=True), communicator.state_dict()), tmp_path / "state")
+    monkeypatch.setattr(communicator_module, "_CPU_REGION_NUMEL", 2048)
+    go_on_elsewhere(alone, name, compressor, feedback, tmp_path / "state")
+
+
+def test_a_complex_parameter_keeps_its_momentum(alone):
+    states = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        ddp = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(3, 3, dtype=torch.complex64))
+        communicator = GradientCommunicator(ddp, alone, compression="topk", error_feedback=DGC)
+        ddp.register_comm_hook(communicator, communicator.hook)
+        if states:
+            communicator.load_state_dict(states[0])
+        ddp(torch.ones(2, 3, dtype=torch.complex64)).abs().sum().backward()
+        states.append(communicator.state_dict())
+        communicator.close()
+    first, second = (state["mean"]["dense_momentum"]["weight"] for state in states)
+    assert first.numel() == 18
+    torch.testing.assert_close(second, 1.7 * first)
 
 
 def test_the_mean_form_has_one_copy_of_the_model(alone):

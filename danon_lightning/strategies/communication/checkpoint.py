@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from danon_lightning.strategies.communication.compressors.base import Compressor, Region
+from danon_lightning.strategies.communication.compressors.base import Region
 from danon_lightning.strategies.communication.memory import Memory
 
 _VERSION = 1
@@ -63,26 +63,23 @@ def gather_state(
 
 
 def _head(memory: Memory, layout: tuple[int, int]) -> State:
-    compressor = memory.compressor
-    alignment = compressor.alignment if isinstance(compressor, Compressor) else 1
-    return {
-        "version": _VERSION,
-        "compressor": compressor.name,
-        "alignment": alignment,
-        "layout": list(layout),
-        "step": memory.step,
-    }
+    return {"version": _VERSION, "compressor": memory.compressor.name, "layout": list(layout), "step": memory.step}
 
 
 def restore_state(
-    memory: Memory, state: State, module: nn.Module, layout: tuple[int, int], rank: int, device: torch.device
+    memory: Memory,
+    state: State,
+    regions: set[Region],
+    layout: tuple[int, int],
+    rank: int,
+    device: torch.device,
 ) -> bool:
     """Set a memory from a checkpoint.
 
     Args:
         memory: A fresh one.
         state: What :func:`gather_state` returned.
-        module: The model, whose parameters the state must fit.
+        regions: All that will be exchanged, whichever rank codes it.
         layout: Sizes of the inner and the outer level now.
         rank: Global rank of this process.
         device: Where the memory is to lie.
@@ -100,12 +97,12 @@ def restore_state(
         )
     memory.step = int(state["step"])
     mean = _sum_up(state["ranks"]) if "ranks" in state else state["mean"]
-    numels = {name: parameter.numel() for name, parameter in module.named_parameters()}
     for kind in ("residual", "momentum"):
         for name, total in mean[kind].items():
-            _check(name, total, numels)
+            _check(name, total, memory.numels)
     head = _head(memory, layout)
-    if "ranks" in state and all(state[key] == head[key] for key in ("compressor", "alignment", "layout")):
+    alike = all(state[key] == head[key] for key in ("compressor", "layout"))
+    if "ranks" in state and alike and _regions_of(state["ranks"]) <= regions:
         _restore_own(memory, state["ranks"][rank], device)
         return True
     memory.pending = mean
@@ -120,12 +117,16 @@ def restore_state(
         memory.owe("momentum", name, total)
     if memory.feedback is not None and memory.feedback.momentum is not None:
         for name, momentum in mean["dense_momentum"].items():
-            _check(name, momentum, numels)
+            _check(name, momentum, memory.numels)
             memory.restore("dense", Region(name, 0, momentum.numel()), momentum=momentum.to(device))
     if state["compressor"] == memory.compressor.name:
         for key, own_state in mean["state"].items():
             memory.owed_states[_parse(key)] = _to(own_state, device)
     return False
+
+
+def _regions_of(states: Iterable[State]) -> set[Region]:
+    return {_parse(key)[1] for state in states for kind in ("residual", "momentum", "state") for key in state[kind]}
 
 
 def _restore_own(memory: Memory, state: State, device: torch.device) -> None:

@@ -25,6 +25,7 @@ from danon_lightning.strategies.communication.checkpoint import gather_state, re
 from danon_lightning.strategies.communication.collectives import Exchange, Steps, average
 from danon_lightning.strategies.communication.collectives.exchange import view
 from danon_lightning.strategies.communication.compressors import Compressor, LinearCompressor, get_compressor
+from danon_lightning.strategies.communication.compressors.base import Region
 from danon_lightning.strategies.communication.error_feedback import ErrorFeedback, resolve_error_feedback
 from danon_lightning.strategies.communication.layout import build_levels, group_of_all
 from danon_lightning.strategies.communication.memory import Memory
@@ -195,7 +196,11 @@ class GradientCommunicator:
             if self._mesh.rank == 0:
                 warnings.warn("gradients are no longer compressed: what they still owe is lost", stacklevel=2)
             return False
-        return restore_state(memory, state, self._module, self._levels, self._mesh.rank, self._device)
+        # Which regions there are follows from each parameter alone, whatever the buckets will be.
+        regions: set[Region] = set()
+        for parameter in self._module.parameters():
+            regions |= self._plan_messages([parameter], parameter.element_size()).regions
+        return restore_state(memory, state, regions, self._levels, self._mesh.rank, self._device)
 
     @property
     def _levels(self) -> tuple[int, int]:
@@ -305,16 +310,17 @@ class GradientCommunicator:
     def _plan(self, bucket: "_Bucket") -> Plan:
         key = tuple(id(parameter) for parameter in bucket.parameters)
         if key not in self._plans:
-            exchange = self._exchange
-            row_numel = self._row_bytes // bucket.buffer.element_size()
-            self._plans[key] = plan_messages(
-                [(self._names[id(parameter)], parameter) for parameter in bucket.parameters],
-                layout=Layout(*self._levels),
-                compressor=exchange.compressor,
-                row_numel=row_numel,
-                region_numel=_CUDA_REGION_NUMEL if self._stream else _CPU_REGION_NUMEL,
-            )
+            self._plans[key] = self._plan_messages(bucket.parameters, bucket.buffer.element_size())
         return self._plans[key]
+
+    def _plan_messages(self, parameters: list[Tensor], element_size: int) -> Plan:
+        return plan_messages(
+            [(self._names[id(parameter)], parameter) for parameter in parameters],
+            layout=Layout(*self._levels),
+            compressor=self._exchange.compressor,
+            row_numel=self._row_bytes // element_size,
+            region_numel=_CUDA_REGION_NUMEL if self._stream else _CPU_REGION_NUMEL,
+        )
 
     def _advance(self) -> None:
         """Take every message under way one step further, oldest first."""

@@ -62,6 +62,9 @@ class Memory:
         index: Which of the ranks that exchange the same regions this one is.
         groups: How many they are.
         parameters: The model's parameters by name.
+
+    Attributes:
+        numels: How many real numbers each parameter has.
     """
 
     def __init__(
@@ -76,7 +79,7 @@ class Memory:
         self.compressor, self.feedback, self.index, self.groups = compressor, feedback, index, groups
         self._parameters = parameters
         # Buckets hold complex numbers as pairs of real ones.
-        self._numels = {name: p.numel() * (2 if p.is_complex() else 1) for name, p in parameters.items()}
+        self.numels = {name: p.numel() * (2 if p.is_complex() else 1) for name, p in parameters.items()}
         self.step = 0
         self.unused_parameters = False
         self._momentum_source: MomentumSource | None = None
@@ -263,7 +266,7 @@ class Memory:
 
     def _clip(self, region: Region, values: Tensor, groups: int) -> None:
         if self.feedback is not None and self.feedback.clip_norm is not None:
-            part = region.numel / self._numels[region.parameter]
+            part = region.numel / self.numels[region.parameter]
             limit = self.feedback.clip_norm * math.sqrt(part / groups)
             values.mul_((limit / values.norm().clamp_min(1e-30)).clamp_max(1.0))
 

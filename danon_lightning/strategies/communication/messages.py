@@ -89,6 +89,17 @@ class Plan:
     messages: tuple[Message | LinearMessage, ...]
     dense: tuple[Piece, ...]
 
+    @property
+    def regions(self) -> set[Region]:
+        """What something may be remembered of from step to step."""
+        found = {piece.region for piece in self.dense}
+        for message in self.messages:
+            if isinstance(message, LinearMessage):
+                found.update(region for row in message.regions for region, _ in row)
+            else:
+                found.update(piece.region for row in message.rows for piece in row)
+        return {region for region in found if region is not None}
+
 
 def plan_messages(
     parameters: Sequence[tuple[str, Tensor]],
