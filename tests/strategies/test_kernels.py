@@ -215,6 +215,9 @@ def test_sums_are_scaled_and_tested(compiled, monkeypatch):
             assert kernels.add_scaled(out, [b, spoilt], 0.25) is False
     # Overflow of the sum counts, though every source is finite.
     assert kernels.add_scaled(torch.empty(4), [torch.full((4,), 3e38)] * 2, 0.25) is False
+    # That of all elements does not.
+    assert kernels.add_scaled(out, [torch.full((3000,), 3e38)], 1.0) is True
+    assert kernels.add_scaled(torch.empty(0), [torch.empty(0)], 1.0) is True
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])

@@ -196,7 +196,7 @@ def add_up(out: Tensor, sources: Sequence[Tensor], scale: float) -> "bool | Tens
     for source in sources[1:]:
         total += source
     out.copy_(total.mul_(scale))
-    return out.isfinite().all()
+    return kernels.all_finite(out)
 
 
 def copying(values: Tensor) -> Callable[[Tensor], None]:

@@ -63,7 +63,9 @@ class LinearQuantizer(Compressor):
         if self._encode_compiled(values, None, 0.0, None, noise, payload):
             return
         numel, blocks = values.numel(), as_blocks(values, self.block_size)
-        scale = usable_scale(blocks.abs().amax(dim=1, keepdim=True) / self.largest_code)  # NaN, Inf pass through amax
+        # NaN and Inf pass through both. To take both costs less than to write |x| to memory.
+        largest = torch.maximum(blocks.amax(dim=1, keepdim=True), -blocks.amin(dim=1, keepdim=True))
+        scale = usable_scale(largest / self.largest_code)
         codes = blocks * torch.where(scale > 0, 1 / scale, 0.0)
         if noise is None:
             codes.round_()
@@ -116,7 +118,7 @@ class LinearQuantizer(Compressor):
             loops.danon_dequantize(self.largest_code, *at, numel, self.block_size, add, kernels.address(out))
             return
         codes = as_blocks(self._unpack(payload[start:stop], numel), self.block_size)
-        write_scaled(codes * payload[:start].view(torch.float32)[:, None], out, add)
+        write_scaled(codes.mul_(payload[:start].view(torch.float32)[:, None]), out, add)
 
     def _encode_compiled(
         self,

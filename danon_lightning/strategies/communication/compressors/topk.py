@@ -189,7 +189,7 @@ def _send_all(
     payload[:4].view(torch.int32).fill_(values.numel())
     if new_residual is not None:
         new_residual.zero_()
-    return bool(torch.isfinite(numbers).all())
+    return bool(kernels.all_finite(numbers))
 
 
 def _select(
@@ -224,4 +224,4 @@ def _select(
     if new_residual is not None:
         new_residual.copy_(total)
         new_residual[chosen] = 0
-    return len(passing) if torch.isfinite(total).all() else None
+    return len(passing) if kernels.all_finite(total) else None
