@@ -130,9 +130,10 @@ class Simulation:
         shared_seed = seeds.decoding_context(region).shared_seed
         key = "state", "all", region.parameter, region.start
         contexts = [Context(self.number, shared_seed=shared_seed, state=self.memory.get(key, {})) for _ in owing]
+        values = [value.view(shape).clone() for value in owing]
         rounds = [
-            compressor.rounds(value.view(shape).clone(), context, feedback=self.feedback is not None)
-            for value, context in zip(owing, contexts, strict=True)
+            compressor.rounds(value, context, feedback=self.feedback is not None)
+            for value, context in zip(values, contexts, strict=True)
         ]
         terms = [next(one) for one in rounds]
         results = []
@@ -144,11 +145,11 @@ class Simulation:
                     terms.append(one.send(total))
                 except StopIteration as stop:
                     results.append(stop.value)
-        for group, (value, (_, sent)) in enumerate(zip(owing, results, strict=True)):
-            self.keep(group, region.parameter, region.start, value - sent.flatten())
+        for group, left in enumerate(values):
+            self.keep(group, region.parameter, region.start, left.flatten())
         self.memory[key] = contexts[0].new_state
         out = torch.empty(shape)
-        compressor.decode(results[0][0], out, contexts[0])
+        compressor.decode(results[0], out, contexts[0])
         return out
 
     def gather_momentum(self, group, name, start, values):

@@ -122,7 +122,7 @@ class Memory:
     def encode(self, role: Role, region: Region, values: Tensor, payload: Tensor) -> None:
         """Code ``values`` (float32 ``[n]``, changed on the way) into ``payload``, feeding errors back."""
         assert isinstance(self.compressor, Compressor)
-        if self._takes_no_part(values):
+        if self._takes_no_part(role, region, values):
             self.compressor.encode(values, payload, Context(self.step))
             return
         slot = self._touch(role, region)
@@ -141,7 +141,7 @@ class Memory:
 
     def compensate(self, role: Role, region: Region, values: Tensor) -> None:
         """Add to ``values`` what is owed, which is thereby sent in full."""
-        if self._takes_no_part(values):
+        if self._takes_no_part(role, region, values):
             return
         slot = self._touch(role, region)
         if role == "worker":
@@ -152,9 +152,19 @@ class Memory:
         values.add_(residual, alpha=self.feedback.decay)
         new_residual.zero_()
 
+    def workspace(self, region: Region, shape: torch.Size, device: torch.device) -> Tensor:
+        """Where to put the values that :meth:`rounds` is to code (float32 of the region's shape).
+
+        What the code leaves of them becomes the residual where it lies, which saves a pass over memory.
+        """
+        if self.feedback is None or self.flushes:
+            return torch.empty(shape, device=device)
+        slot = self._slots.setdefault(("worker", region), _Slot())
+        return self._residuals("worker", region, slot, device)[1].view(shape)
+
     def rounds(self, region: Region, values: Tensor) -> "LinearRounds":
-        """Begin to code ``values`` (float32 of the region's shape, changed on the way) in rounds of sums."""
-        slot = None if self._takes_no_part(values) else self._touch("worker", region)
+        """Begin to code ``values`` (from :meth:`workspace`) in rounds of sums."""
+        slot = None if self._takes_no_part("worker", region, values) else self._touch("worker", region)
         return LinearRounds(self, region, slot, values)
 
     def decoding_context(self, region: Region) -> Context:
@@ -231,11 +241,16 @@ class Memory:
         """Take a share of a whole parameter's residual or momentum, whoever turns out to own which region of it."""
         self._owed[kind][parameter] = total
 
-    def _takes_no_part(self, values: Tensor) -> bool:
+    def _takes_no_part(self, role: Role, region: Region, values: Tensor) -> bool:
         """Whether the parameter has not been used in this step: DDP then drops what it is sent, so nothing may be."""
-        if not self.unused_parameters or self.feedback is None or self._exchanges_momentum:
+        if not self.unused_parameters or self.feedback is None or self._exchanges_momentum or bool(values.any()):
             return False
-        return not bool(values.any())
+        # What a checkpoint has left for it is there after the first step only for those that have taken it.
+        slot = self._slots.setdefault((role, region), _Slot())
+        self._residuals(role, region, slot, values.device)
+        if role == "worker" and self.feedback.momentum is not None:
+            self._momentum(region, slot, values.device)
+        return True
 
     def _touch(self, role: str, region: Region) -> _Slot:
         slot = self._slots.setdefault((role, region), _Slot())
@@ -272,12 +287,16 @@ class Memory:
 
     def _gather_momentum(self, region: Region, values: Tensor, slot: _Slot) -> None:
         assert self.feedback is not None and self.feedback.momentum is not None
+        momentum, new_momentum = self._momentum(region, slot, values.device)
+        torch.mul(momentum, self.feedback.momentum, out=new_momentum)
+        values.copy_(new_momentum.add_(values))
+
+    def _momentum(self, region: Region, slot: _Slot, device: torch.device) -> tuple[Tensor, Tensor]:
         if slot.momentum is None:
-            slot.momentum = self._share_of("momentum", region, values.device)
+            slot.momentum = self._share_of("momentum", region, device)
         if slot.new_momentum is None:
             slot.new_momentum = torch.empty_like(slot.momentum)
-        torch.mul(slot.momentum, self.feedback.momentum, out=slot.new_momentum)
-        values.copy_(slot.new_momentum.add_(values))
+        return slot.momentum, slot.new_momentum
 
     def _residuals(self, role: Role, region: Region, slot: _Slot, device: torch.device) -> tuple[Tensor, Tensor]:
         if slot.residual is None:
@@ -311,7 +330,7 @@ class LinearRounds:
         if slot is not None:
             memory._correct(region, flat, slot)
         if slot is not None and feedback is not None:
-            residual, self._new_residual = memory._residuals("worker", region, slot, values.device)
+            residual, _ = memory._residuals("worker", region, slot, values.device)
             flat.add_(residual, alpha=feedback.decay)
         self._rounds = compressor.rounds(values, self._context, feedback=feedback is not None)
         self.code: Tensor | None = None
@@ -325,14 +344,12 @@ class LinearRounds:
         try:
             return self._rounds.send(total)
         except StopIteration as stop:
-            self.code, sent = stop.value
+            self.code = stop.value
             slot = self._slot
             if slot is not None:
                 slot.new_state = self._context.new_state
-                if self._memory.feedback is not None:
-                    torch.sub(self._values.view(-1), sent.reshape(-1), out=self._new_residual)
-                    if slot.new_momentum is not None:
-                        slot.new_momentum.mul_(self._new_residual != 0)  # factor masking
+                if slot.new_momentum is not None:
+                    slot.new_momentum.mul_(self._values.view(-1) != 0)  # factor masking
             return None
 
 

@@ -19,7 +19,7 @@ def average_linear(exchange: Exchange, message: LinearMessage, bucket: Tensor) -
     """
     compressor, memory, own = exchange.compressor, exchange.memory, exchange.inner.index
     assert isinstance(compressor, LinearCompressor) and memory is not None
-    values = {region: torch.empty(shape, device=bucket.device) for region, shape in message.regions[own]}
+    values = {region: memory.workspace(region, shape, bucket.device) for region, shape in message.regions[own]}
     for rows in message.fragments:
         collected = yield from exchange.collect(rows, bucket)
         for piece in rows[own]:

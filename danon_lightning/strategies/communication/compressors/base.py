@@ -161,9 +161,7 @@ class LinearCompressor(ABC):
         """Float32 numbers in the code of a region of this shape, or None if it is better sent dense."""
 
     @abstractmethod
-    def rounds(
-        self, values: Tensor, context: Context, *, feedback: bool
-    ) -> Generator[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    def rounds(self, values: Tensor, context: Context, *, feedback: bool) -> Generator[Tensor, Tensor, Tensor]:
         """Code ``values``: float32 of the region's shape, contiguous.
 
         Yields ``num_rounds`` float32 tensors, and is sent the sum of each over all ranks, with the same bits
@@ -172,12 +170,12 @@ class LinearCompressor(ABC):
         Args:
             values: What is to be coded.
             context: See there.
-            feedback: Whether what the code leaves out is kept for the next step. If so, it stands for a part of the
-                values; if not, it may be scaled up so as to be right on average.
+            feedback: Whether what the code leaves out is kept for the next step. If so, the code stands for a part of
+                the values, and ``values`` must end as the rest of them: without what this rank has contributed to the
+                decoded sum. If not, it may be scaled up so as to be right on average.
 
         Returns:
-            The code ``[code_numel]``, the same on all ranks; and what this rank has contributed to the decoded sum, of
-            the shape of ``values`` (anything without feedback).
+            The code ``[code_numel]``, the same on all ranks.
         """
 
     @abstractmethod

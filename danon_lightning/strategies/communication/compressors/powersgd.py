@@ -56,9 +56,7 @@ class PowerSGDCompressor(LinearCompressor):
         return numel if 2 * numel <= rows * cols else None
 
     @override
-    def rounds(
-        self, values: Tensor, context: Context, *, feedback: bool
-    ) -> Generator[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    def rounds(self, values: Tensor, context: Context, *, feedback: bool) -> Generator[Tensor, Tensor, Tensor]:
         """Two rounds: P, then Q."""
         matrix = values.view(_matrix(values.shape))
         start = context.state.get("q")
@@ -71,8 +69,9 @@ class PowerSGDCompressor(LinearCompressor):
         right = yield mine
         # Zero (of a parameter that was not used) would be a start from which there is no way.
         context.new_state["q"] = torch.where(right.any(), right, start)
-        code = torch.cat([left.flatten(), right.flatten()])
-        return code, (left @ mine.T).view_as(values) if feedback else values
+        if feedback:
+            matrix.addmm_(left, mine.T, alpha=-1)
+        return torch.cat([left.flatten(), right.flatten()])
 
     @override
     def decode(self, code: Tensor, out: Tensor, context: Context) -> None:

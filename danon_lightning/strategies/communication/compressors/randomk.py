@@ -50,19 +50,15 @@ class RandomKCompressor(LinearCompressor):
         return max(1, math.ceil(self.density * numel))
 
     @override
-    def rounds(
-        self, values: Tensor, context: Context, *, feedback: bool
-    ) -> Generator[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    def rounds(self, values: Tensor, context: Context, *, feedback: bool) -> Generator[Tensor, Tensor, Tensor]:
         """One round: the drawn values."""
         flat = values.view(-1)
         chosen, runs = self._draw(flat, context)
         mine = flat[chosen]
-        code = yield mine if feedback else mine * runs
         if not feedback:
-            return code, values
-        sent = torch.zeros_like(flat)
-        sent[chosen] = mine
-        return code, sent.view_as(values)
+            return (yield mine * runs)
+        flat[chosen] = 0
+        return (yield mine)
 
     @override
     def decode(self, code: Tensor, out: Tensor, context: Context) -> None:
