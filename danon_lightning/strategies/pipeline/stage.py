@@ -48,6 +48,24 @@ class StagedModule:
             if not kept & set(self.owners[name]):
                 slot.put(Absent.like(slot.get(), name=name))
 
+    def parameters_of(self, stage: int) -> list[nn.Parameter]:
+        """The parameters that a stage holds.
+
+        Args:
+            stage: One of this process.
+        """
+        found = (self.parameter(name) for name, stages in self.owners.items() if stage in stages)
+        return [parameter for parameter in found if parameter is not None]
+
+    def parameter(self, name: str) -> nn.Parameter | None:
+        """A parameter by its first full name; None if this process does not hold it, or it is a buffer.
+
+        Args:
+            name: See above.
+        """
+        held = self._slots[name].get()
+        return held if isinstance(held, nn.Parameter) and not isinstance(held, Absent) else None
+
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Make blocks do what their stage asks for, for as long as a schedule lasts.

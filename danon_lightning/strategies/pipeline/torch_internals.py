@@ -1,4 +1,4 @@
-"""Every name that torch does not document and this package relies on.
+"""Every name that torch does not document and this package relies on, but for those of ``torch_pipelining``.
 
 Nothing else in the package may touch such names; ``tests/strategies/pipeline/test_torch_internals.py`` fails where
 torch has changed one of them.

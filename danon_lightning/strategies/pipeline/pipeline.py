@@ -1,0 +1,260 @@
+"""The ranks of a pipeline at work: a batch in, gradients in ``.grad`` and results out."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from typing_extensions import override
+
+from danon_lightning.strategies.pipeline.errors import UnsupportedStepError
+from danon_lightning.strategies.pipeline.loss_weights import loss_factors
+from danon_lightning.strategies.pipeline.ownership import shared
+from danon_lightning.strategies.pipeline.passage import MicroBatch
+from danon_lightning.strategies.pipeline.recording import TensorMeta
+from danon_lightning.strategies.pipeline.schedules import Schedule
+from danon_lightning.strategies.pipeline.stage import StagedModule
+from danon_lightning.strategies.pipeline.torch_pipelining import ScheduledStage, build_schedule, run_schedule
+
+
+@dataclass
+class _Batch:
+    """What is under way."""
+
+    micro_batches: Sequence[MicroBatch]
+    weights: Sequence[float]
+    scale: float
+    factors: Sequence[Sequence[float]] | None
+    results: list[Any] = field(default_factory=list)
+    error: BaseException | None = None
+
+
+class Pipeline:
+    """The stages of this rank, and those before and after them on other ranks.
+
+    All ranks of a pipeline do the same calls in the same order, with the same micro-batches.
+    """
+
+    def __init__(
+        self, staged: StagedModule, schedule: Schedule, group: dist.ProcessGroup, device: torch.device | str = "cpu"
+    ) -> None:
+        """Start. What this rank does not hold is released.
+
+        Args:
+            staged: The module, cut into as many stages as the schedule has.
+            schedule: Which rank has which stage, and in which order they run.
+            group: The ranks of the pipeline.
+            device: Where they run.
+
+        Raises:
+            ValueError: If the module has another number of stages.
+        """
+        if staged.cuts.stages != schedule.stages:
+            raise ValueError(f"the module is cut into {staged.cuts.stages} stages, the schedule has {schedule.stages}")
+        self._staged, self._schedule, self._group = staged, schedule, group
+        self._device = torch.device(device)
+        self._rank = dist.get_rank(group)
+        self.stages = schedule.stages_of(self._rank)
+        staged.release(self.stages)
+        modules = [_StageModule(self, stage) for stage in self.stages]
+        self._stages = [
+            ScheduledStage(module, module.stage, schedule.stages, self._device, group) for module in modules
+        ]
+        self._prepared: dict[int, Any] = {}
+        self._batch: _Batch | None = None
+
+    @property
+    def has_last(self) -> bool:
+        """Whether this rank runs the last stage: it alone has the results of the step."""
+        return self._schedule.stages - 1 in self.stages
+
+    def train(self, micro_batches: Sequence[MicroBatch], weights: Sequence[float], scale: float = 1.0) -> list[Any]:
+        """Run forward and backward passes. Gradients are added to ``.grad``; :meth:`sum_shared_gradients` is left.
+
+        Args:
+            micro_batches: The parts of the batch.
+            weights: What share of it each is; they add up to one.
+            scale: What the loss is multiplied by for the backward pass.
+
+        Returns:
+            What the step returns for each micro-batch, without graphs, on the rank of the last stage; nothing on
+            others.
+
+        Raises:
+            UnsupportedStepError: If the step cannot be run in stages.
+        """
+        for stage in self._stages:
+            arriving = [self._arrives(stage.stage_index, one) for one in micro_batches]
+            leaving = [self._arrives(stage.stage_index + 1, one) for one in micro_batches]
+            stage.expect(_metas(arriving), _metas(leaving))
+        number = len(micro_batches)
+        if number not in self._prepared:
+            self._prepared[number] = build_schedule(self._schedule.order(number), self._stages, number)
+        with self._staged.attached():
+            factors = None
+            if self.has_last:
+                factors = loss_factors(self._staged.count_losses(micro_batches), weights)
+            self._batch = batch = _Batch(micro_batches, weights, scale, factors)
+            try:
+                run_schedule(self._prepared[number], number)
+            except BaseException as error:
+                self._prepared.clear()  # they are in the middle of something
+                # torch wraps it, with all arguments in print.
+                raise (batch.error or error) from None
+            finally:
+                self._batch = None
+        return batch.results
+
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[Any]:
+        """Run forward passes only, each stage all micro-batches before the next one.
+
+        Args:
+            micro_batches: The parts of the batch.
+
+        Returns:
+            What the step returns for each, on the rank of the last stage; nothing on others.
+
+        Raises:
+            UnsupportedStepError: If the step cannot be run in stages.
+        """
+        results: list[Any] = []
+        sent: list[dist.Work] = []
+        handed_over: list[tuple[Tensor, ...]] = []
+        with self._staged.attached():
+            for stage in self.stages:
+                before, after = (self._schedule.rank_of(other) for other in (stage - 1, stage + 1))
+                is_last = stage == self._schedule.stages - 1
+                # All are asked for before anything is sent, or two ranks could wait for one another.
+                arriving = [
+                    self._receive(before, self._arrives(stage, one)) if before != self._rank and stage else ([], ())
+                    for one in micro_batches
+                ]
+                given, handed_over = handed_over, []
+                for index, micro_batch in enumerate(micro_batches):
+                    works, received = arriving[index]
+                    arriving[index] = [], ()
+                    for work in works:
+                        work.wait()
+                    if stage and before == self._rank:
+                        received = given[index]
+                    result = self._staged.forward(stage, micro_batch, received)
+                    if is_last:
+                        results.append(result)
+                    elif after == self._rank:
+                        handed_over.append(result)
+                    else:
+                        sent += self._send(after, result, self._arrives(stage + 1, micro_batch))
+        for work in sent:
+            work.wait()
+        return results
+
+    def sum_shared_gradients(self) -> None:
+        """Add up the gradients of what stages on several ranks hold (tied embeddings): the same bits on each."""
+        for name, parameter, holders in self._shared:
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            others = {rank: torch.empty_like(gradient) for rank in holders if rank != self._rank}
+            works = []
+            for rank, buffer in others.items():
+                works.append(dist.isend(gradient, group=self._group, group_dst=rank))
+                works.append(dist.irecv(buffer, group=self._group, group_src=rank))
+            for work in works:
+                assert work is not None, name
+                work.wait()
+            first, *rest = [others.get(rank, gradient) for rank in holders]
+            total = first.clone()
+            for one in rest:
+                total += one
+            parameter.grad = total
+
+    @property
+    def _shared(self) -> list[tuple[str, nn.Parameter, list[int]]]:
+        """Name, parameter and ranks, of those that this rank holds too."""
+        found = []
+        for name, stages in shared(self._staged.owners).items():
+            ranks = sorted({self._schedule.rank_of(stage) for stage in stages})
+            parameter = self._staged.parameter(name) if self._rank in ranks and len(ranks) > 1 else None
+            if parameter is not None and parameter.requires_grad:
+                found.append((name, parameter, ranks))
+        return found
+
+    def run_stage(self, stage: int, index: int, received: Sequence[Tensor]) -> Any:
+        """Run a stage on a micro-batch of :meth:`train`."""
+        batch = self._batch
+        assert batch is not None
+        factors = batch.factors[index] if batch.factors is not None else None
+        try:
+            result = self._staged.forward(stage, batch.micro_batches[index], received, factors)
+            if stage < self._schedule.stages - 1:
+                return result
+            loss = loss_of(result)
+        except BaseException as error:
+            batch.error = error
+            raise
+        batch.results.append(_without_graph(result))
+        return loss * (batch.weights[index] * batch.scale)
+
+    def _arrives(self, stage: int, micro_batch: MicroBatch) -> list[TensorMeta]:
+        """What a stage gets from the one before: nothing in the first one, and there is none after the last."""
+        if stage in (0, self._schedule.stages):
+            return []
+        block = self._staged.cuts.blocks_of(stage).start
+        return list(micro_batch.recording.blocks[block].arrives.values())
+
+    def _receive(self, rank: int, metas: Sequence[TensorMeta]) -> tuple[list[dist.Work], tuple[Tensor, ...]]:
+        buffers = tuple(torch.empty_like(meta.meta, device=self._device) for meta in metas)
+        works = [dist.irecv(buffer, group=self._group, group_src=rank) for buffer in buffers]
+        return [work for work in works if work is not None], buffers
+
+    def _send(self, rank: int, tensors: Sequence[Tensor], metas: Sequence[TensorMeta]) -> list[dist.Work]:
+        works = []
+        for tensor, meta in zip(tensors, metas, strict=True):
+            buffer = torch.empty_like(meta.meta, device=self._device)
+            if buffer.stride() == tensor.stride():
+                buffer = tensor.detach()
+            else:
+                buffer.copy_(tensor)
+            works.append(dist.isend(buffer, group=self._group, group_dst=rank))
+        return [work for work in works if work is not None]
+
+
+class _StageModule(nn.Module):
+    """What torch takes for the module of a stage."""
+
+    def __init__(self, pipeline: Pipeline, stage: int) -> None:
+        super().__init__()
+        self._run = pipeline.run_stage
+        self.stage = stage
+        # Schedules that put off the gradients of weights ask which these are.
+        self.own = nn.ParameterList(pipeline._staged.parameters_of(stage))
+
+    @override
+    def forward(self, *received: Tensor, index: int) -> Any:
+        return self._run(self.stage, index, received)
+
+
+def loss_of(result: object) -> Tensor:
+    """The loss in what a training step has returned: a tensor, or a mapping with one as ``"loss"``.
+
+    Raises:
+        UnsupportedStepError: If there is none.
+    """
+    loss = result.get("loss") if isinstance(result, Mapping) else result
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise UnsupportedStepError(
+            f"a training step with pipeline stages must return the loss (a tensor of one element, or a dictionary with "
+            f"one as 'loss'), but it returned {type(loss).__name__ if not isinstance(loss, Tensor) else loss.shape}: "
+            "a step cannot be skipped by returning None"
+        )
+    return loss
+
+
+def _without_graph(result: Any) -> Any:
+    if isinstance(result, Mapping):
+        return {key: _without_graph(value) for key, value in result.items()}
+    return result.detach() if isinstance(result, Tensor) else result
+
+
+def _metas(expected: Sequence[Sequence[TensorMeta]]) -> list[list[Tensor]]:
+    return [[meta.meta.detach().requires_grad_(meta.requires_grad) for meta in metas] for metas in expected]

@@ -1,0 +1,194 @@
+"""What torch.distributed.pipelining does not document and this package relies on: a stage of its schedules.
+
+Nothing else in the package may touch such names; ``tests/strategies/pipeline/test_torch_internals.py`` fails where
+torch has changed one of them.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.pipelining import schedules
+from torch.distributed.pipelining._utils import _StageMeta, extract_tensor_metas
+from torch.distributed.pipelining.stage import _PipelineStageBase, _RecvInfo
+from typing_extensions import override
+
+
+class ScheduledStage(_PipelineStageBase):
+    """A stage of a schedule of torch.
+
+    torch's own stages learn shapes from a first micro-batch, and keep buffers of these shapes. Here they are known, may
+    differ from micro-batch to micro-batch, and buffers are there while something is on its way only.
+    """
+
+    def __init__(
+        self, module: nn.Module, index: int, stages: int, device: torch.device, group: dist.ProcessGroup
+    ) -> None:
+        """Start.
+
+        Args:
+            module: Runs the stage: gets what has arrived and ``index=`` the number of the micro-batch; returns a tuple
+                of tensors to be sent on, in the last stage the loss.
+            index: Which stage it is.
+            stages: Number of stages.
+            device: Where it runs.
+            group: The ranks of the pipeline.
+        """
+        super().__init__(module, index, stages, device, group)
+
+    def expect(self, arriving: Sequence[Sequence[Tensor]], leaving: Sequence[Sequence[Tensor]]) -> None:
+        """Get ready for a batch.
+
+        Args:
+            arriving: For each micro-batch what comes from the stage before: tensors on the meta device.
+            leaving: The same for what goes to the next one; nothing in the last stage.
+        """
+        self.clear_runtime_states()
+        for left_over in (self.bwd_cache, self.backward_state, self.dw_runner):
+            left_over.clear()
+        self.has_backward = True
+        self.chunks = len(arriving)
+        self._metas = [(_metas(ins), _metas(outs)) for ins, outs in zip(arriving, leaving, strict=True)]
+        before, after = self.stage_index - 1, self.stage_index + 1
+        self.args_recv_info = {
+            chunk: tuple(_RecvInfo("activation", before, None, meta) for meta in ins)
+            for chunk, (ins, _) in enumerate(self._metas)
+        }
+        self.grad_recv_info = {
+            chunk: tuple(_RecvInfo("gradient", after, None, meta) for meta in _with_gradient(outs))
+            for chunk, (_, outs) in enumerate(self._metas)
+        }
+        self._turn_to(0)
+
+    def _turn_to(self, chunk: int) -> None:
+        """torch takes all micro-batches for alike, and looks at these for any of them."""
+        ins, outs = self._metas[chunk]
+        self._stage_meta = _StageMeta(ins, outs, _with_gradient(ins), _with_gradient(outs))
+        self.act_send_info = {0: []} if self.is_last else {at: [self.stage_index + 1] for at in range(len(outs))}
+        self.grad_send_info = [self.stage_index - 1] * len(ins)
+
+    @override
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        self._turn_to(fwd_chunk_id)
+        return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+
+    @override
+    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
+        self._turn_to(bwd_chunk_id)
+        super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+
+    @override
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        self._allocate(self.args_recv_info[fwd_chunk_id])
+        return super().get_fwd_recv_ops(fwd_chunk_id)
+
+    @override
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        self._allocate(self.grad_recv_info[bwd_chunk_id])
+        return super().get_bwd_recv_ops(bwd_chunk_id)
+
+    @override
+    def set_local_bwd_input(self, next_stage_bwd_outputs: tuple[Tensor | None, ...], mb_index: int) -> None:
+        self._allocate(self.grad_recv_info[mb_index])
+        super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
+
+    @override
+    def _retrieve_recv_activations(self, fwd_chunk_id: int) -> tuple[Tensor, ...]:
+        arrived = super()._retrieve_recv_activations(fwd_chunk_id)
+        _forget(self.args_recv_info[fwd_chunk_id])
+        return arrived
+
+    @override
+    def _retrieve_recv_grads(self, bwd_chunk_id: int) -> tuple[Tensor | None, ...]:
+        arrived = super()._retrieve_recv_grads(bwd_chunk_id)
+        _forget(self.grad_recv_info[bwd_chunk_id])
+        return arrived
+
+    @override
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        self._turn_to(fwd_chunk_id)
+        return _laid_out(super().get_fwd_send_ops(fwd_chunk_id), self._metas[fwd_chunk_id][1])
+
+    @override
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        self._turn_to(bwd_chunk_id)
+        sent = [meta for meta in _with_gradient(self._metas[bwd_chunk_id][0]) if meta is not None]
+        return _laid_out(super().get_bwd_send_ops(bwd_chunk_id), sent)
+
+    @override
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        # Neighbours may be on one rank, which cannot send to itself.
+        return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
+
+    @override
+    def _prepare_forward_infra(self, *args: Any, **kwargs: Any) -> None:
+        """All is known already."""
+
+    @override
+    def _prepare_backward_infra(self, *args: Any, **kwargs: Any) -> None:
+        """All is known already."""
+
+    @override
+    def _create_grad_recv_info(self, act_send_info: dict[int, Any]) -> tuple[_RecvInfo, ...]:
+        raise NotImplementedError
+
+    def _allocate(self, infos: Sequence[_RecvInfo]) -> None:
+        for info in infos:
+            meta = info.tensor_meta
+            if meta is not None:
+                info.buffer = torch.empty_strided(meta.shape, meta.stride, dtype=meta.dtype, device=self.device)
+
+
+def build_schedule(name: str, stages: Sequence[ScheduledStage], micro_batches: int) -> schedules._PipelineSchedule:
+    """A schedule of torch.
+
+    Args:
+        name: What torch calls it.
+        stages: The stages of this rank, ascending.
+        micro_batches: For how many.
+    """
+    cls = schedules.get_schedule_class(name)
+    single = issubclass(cls, schedules.PipelineScheduleSingle)
+    # The stage has weighted the loss already.
+    return cls(stages[0] if single else list(stages), micro_batches, loss_fn=_first, scale_grads=False)
+
+
+def run_schedule(schedule: schedules._PipelineSchedule, micro_batches: int) -> None:
+    """Run all forward and backward passes.
+
+    Args:
+        schedule: From :func:`build_schedule`.
+        micro_batches: For how many.
+    """
+    numbers = [{"index": index} for index in range(micro_batches)]
+    schedule._step_microbatches([()] * micro_batches, numbers, list(range(micro_batches)), return_outputs=False)
+
+
+def _first(output: Tensor, _: object) -> Tensor:
+    return output
+
+
+def _metas(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    # Strides are kept where there are neither gaps nor overlaps.
+    dense = [torch.empty_like(tensor).requires_grad_(tensor.requires_grad) for tensor in tensors]
+    return extract_tensor_metas(tuple(dense)) or ()
+
+
+def _with_gradient(metas: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(meta if meta.requires_grad else None for meta in metas)
+
+
+def _forget(infos: Sequence[_RecvInfo]) -> None:
+    for info in infos:
+        info.buffer = None
+
+
+def _laid_out(ops: list[dist.P2POp], metas: Sequence[Any]) -> list[dist.P2POp]:
+    """Sends, of tensors with the strides that the receiver has. Those of a gradient are anyone's guess."""
+    for op, meta in zip(ops, metas, strict=True):
+        if op.tensor.stride() != meta.stride:
+            laid_out = torch.empty_strided(meta.shape, meta.stride, dtype=meta.dtype, device=op.tensor.device)
+            op.tensor = laid_out.copy_(op.tensor)
+    return ops
