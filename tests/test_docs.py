@@ -171,6 +171,21 @@ def test_the_script_without_lightning_trains_and_resumes(tmp_path, monkeypatch):
     assert float(reached[1][1]) < 0.2
 
 
+# ---- "My model does not fit one device"
+
+
+def test_the_example_of_a_pipeline_trains(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.py").write_text(python_block("pipeline.md", "# train.py"))
+    ranks = launch_ranks([sys.executable, "train.py"], ranks_per_node=2, env={"GROUP_WORLD_SIZE": "1"})
+    for rank in ranks:
+        assert rank.returncode == 0, rank.stderr
+        [loss] = re.findall(r"^loss ([\d.]+)$", rank.stdout, flags=re.MULTILINE)
+        assert float(loss) < 1.0  # of 4.2 for a model that knows nothing
+    assert "pipeline stages of layers" in ranks[0].stdout
+    assert torch.load("whole.ckpt", weights_only=True)["state_dict"]["head.weight"].shape == (64, 32)
+
+
 def bytes_from_a_node(compression, nodes, shape):
     """For each element."""
     from danon_lightning.strategies import LinearCompressor

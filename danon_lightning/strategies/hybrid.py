@@ -1,6 +1,7 @@
 """The strategy: the life cycle of a job. What it is made of lies beside it."""
 
 import atexit
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, ClassVar, Literal
 
@@ -32,6 +33,7 @@ from danon_lightning.strategies.communication.error_feedback import resolve_erro
 from danon_lightning.strategies.communication.layout import check_hierarchical, uses_two_levels
 from danon_lightning.strategies.mesh import Mesh
 from danon_lightning.strategies.optimizer_checks import check_optimizer
+from danon_lightning.strategies.pipeline.schedules import resolve_schedule
 
 _CHECKPOINT_KEY = "danon_gradient_memory"
 
@@ -56,6 +58,18 @@ class DanonHybridStrategy(DDPStrategy):
         find_unused_parameters: Set it if some parameters take no part in a training step.
         static_graph: Set it if the graph is the same at every step.
         bucket_cap_mb: Size of the gradient buckets in MiB.
+        pipeline_parallel_size: Number of ranks that share a replica of the model, each with some of its layers; 1 for
+            a whole model on every rank.
+        num_microbatches: Into how many parts a batch is cut, which pass through the pipeline one after another. More
+            leave ranks less idle, but each is smaller. "auto" for four times as many as stages; fewer, where a batch
+            has not so many samples.
+        schedule: In which order they pass: "gpipe", "1f1b", "interleaved_1f1b", "looped_bfs",
+            "interleaved_zero_bubble" or "zbv".
+        stages_per_rank: Number of stages of each rank, for schedules that take several; None for two of them.
+        pipeline_layers: Dotted name of the ``nn.Sequential`` or ``nn.ModuleList`` whose layers are shared out, such as
+            "model.layers"; None to find it.
+        stage_cut: "auto" for stages with about as many parameters each; or the first layer of each stage but the first:
+            ``[3, 7]`` for three stages with layers 0 to 2, 3 to 6, and 7 onwards.
         accelerator: As for every strategy of Lightning; this and the following are usually left to the Trainer.
         parallel_devices: Devices of this node.
         cluster_environment: How ranks find one another.
@@ -73,6 +87,14 @@ class DanonHybridStrategy(DDPStrategy):
     strategy_name = "danon_hybrid"
     _has_failed: ClassVar[bool] = False  # in this process, whichever Trainer it was
 
+    def __new__(cls, *args: Any, pipeline_parallel_size: int = 1, **kwargs: Any) -> "DanonHybridStrategy":
+        """Make the strategy with or without pipeline stages: they share little but their arguments."""
+        if cls is DanonHybridStrategy and pipeline_parallel_size != 1:
+            from danon_lightning.strategies.pipelined import PipelinedStrategy
+
+            cls = PipelinedStrategy
+        return super().__new__(cls)
+
     def __init__(
         self,
         *,
@@ -83,6 +105,12 @@ class DanonHybridStrategy(DDPStrategy):
         find_unused_parameters: bool = False,
         static_graph: bool = False,
         bucket_cap_mb: float = 25,
+        pipeline_parallel_size: int = 1,
+        num_microbatches: int | Literal["auto"] = "auto",
+        schedule: str = "1f1b",
+        stages_per_rank: int | None = None,
+        pipeline_layers: str | None = None,
+        stage_cut: Literal["auto"] | Sequence[int] = "auto",
         accelerator: pl.accelerators.Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -115,6 +143,34 @@ class DanonHybridStrategy(DDPStrategy):
         self._saved_memory: dict[str, Any] | None = None
         self._hierarchical = hierarchical
         self._communicator: GradientCommunicator | None = None
+        if pipeline_parallel_size < 1:
+            raise ValueError(f"pipeline_parallel_size={pipeline_parallel_size} must be at least 1")
+        self._pipeline_parallel_size = pipeline_parallel_size
+        self._schedule = resolve_schedule(schedule, pipeline_parallel_size, stages_per_rank)
+        self._pipeline_layers, self._stage_cut = pipeline_layers, stage_cut
+        self._num_microbatches = 4 * self._schedule.stages if num_microbatches == "auto" else num_microbatches
+        self._check_pipeline()
+
+    def _check_pipeline(self) -> None:
+        size = self._pipeline_parallel_size
+        if self._num_microbatches < 1:
+            raise ValueError(f"num_microbatches={self._num_microbatches} must be at least 1, or 'auto'")
+        if size == 1 and (self._pipeline_layers is not None or self._stage_cut != "auto"):
+            raise ValueError(
+                "pipeline_layers and stage_cut are for pipeline stages: set pipeline_parallel_size to 2 or more"
+            )
+        if self._stage_cut != "auto":
+            cut, stages = list(self._stage_cut), self._schedule.stages
+            if len(cut) != stages - 1 or cut != sorted(set(cut)) or min(cut) < 1:
+                raise ValueError(
+                    f"stage_cut={self._stage_cut!r} must give the first layers of stages 1 to {stages - 1}, ascending, "
+                    f"or be 'auto'"
+                )
+        if size > 1 and self._compressor is not None:
+            raise ValueError(
+                f"compression={self._compressor.name!r} cannot be used with pipeline_parallel_size={size}: gradients "
+                "of pipeline stages are averaged dense"
+            )
 
     @classmethod
     @override
@@ -135,7 +191,7 @@ class DanonHybridStrategy(DDPStrategy):
         Raises:
             ValueError: If the ranks cannot be laid out evenly over the nodes.
         """
-        return Mesh.from_world(self.world_size, self.num_nodes, self.global_rank)
+        return Mesh.from_world(self.world_size, self.num_nodes, self.global_rank, self._pipeline_parallel_size)
 
     @property
     @override
@@ -148,7 +204,10 @@ class DanonHybridStrategy(DDPStrategy):
         mesh = self.mesh
         replicas = "1 replica" if mesh.data_parallel_size == 1 else f"{mesh.data_parallel_size} replicas"
         facts = {"mesh": f"{mesh}, {replicas}"}
-        if mesh.world_size > 1:
+        if mesh.pipeline_parallel_size > 1:
+            stages = f"{mesh.pipeline_parallel_size} ranks × {self._schedule.stages_per_rank} stages"
+            facts["pipeline"] = f"{stages}, {self._num_microbatches} micro-batches in {self._schedule.name} order"
+        elif mesh.world_size > 1:
             sent = "dense" if self._compressor is None else self._compressor.name
             two_levels = uses_two_levels(mesh, self._hierarchical)
             facts["gradients"] = f"dense inside a node, {sent} between nodes" if two_levels else f"{sent}, all to all"
@@ -223,7 +282,7 @@ class DanonHybridStrategy(DDPStrategy):
             exact = self._communicator.load_state_dict(self._saved_memory)
             if not exact and self._residual_checkpoint == "per_rank":
                 rank_zero_warn(
-                    "the layout of the ranks has changed: the run goes on with all residuals, but not to the bit"
+                    "the exchange is laid out otherwise than before: the run goes on with all residuals, but not to the bit"
                 )
             self._saved_memory = None
         self.model.register_comm_hook(self._communicator, self._communicator.hook)

@@ -1,4 +1,4 @@
-"""Where each rank stands: nodes × local ranks, and its data-parallel coordinate."""
+"""Where each rank stands: nodes × local ranks, and replicas × ranks of a pipeline."""
 
 from dataclasses import dataclass
 
@@ -7,21 +7,24 @@ from dataclasses import dataclass
 class Mesh:
     """The layout of a job's ranks, as seen from one of them.
 
-    Ranks are numbered node by node: rank = node · ranks_per_node + local rank. Every rank holds a whole replica of the
-    model, so the data-parallel coordinate is the rank itself.
+    Ranks are numbered node by node: rank = node · ranks_per_node + local rank. The ranks of a pipeline, which hold one
+    replica of the model between them, follow one another: rank = replica · pipeline_parallel_size + pipeline rank.
 
     Args:
         num_nodes: Number of nodes (hosts), at least 1.
         ranks_per_node: Number of ranks (processes, one a device) on each node, at least 1.
         rank: Global rank of this process.
+        pipeline_parallel_size: Number of ranks that share a replica.
 
     Raises:
-        ValueError: If a size is not positive or ``rank`` lies outside the mesh.
+        ValueError: If a size is not positive, ``rank`` lies outside the mesh, or the ranks cannot be shared out evenly
+            among replicas.
     """
 
     num_nodes: int
     ranks_per_node: int
     rank: int
+    pipeline_parallel_size: int = 1
 
     def __post_init__(self) -> None:
         """Check the sizes."""
@@ -34,9 +37,14 @@ class Mesh:
             raise ValueError(
                 f"rank={self.rank} lies outside a mesh of {self.num_nodes} node(s) × {self.ranks_per_node} rank(s)"
             )
+        if self.pipeline_parallel_size < 1 or self.world_size % self.pipeline_parallel_size:
+            raise ValueError(
+                f"pipeline_parallel_size={self.pipeline_parallel_size} must divide the number of ranks, "
+                f"{self.world_size}: each replica of the model takes that many"
+            )
 
     @classmethod
-    def from_world(cls, world_size: int, num_nodes: int, rank: int) -> "Mesh":
+    def from_world(cls, world_size: int, num_nodes: int, rank: int, pipeline_parallel_size: int = 1) -> "Mesh":
         """Lay ``world_size`` ranks out over ``num_nodes`` nodes.
 
         Raises:
@@ -47,7 +55,7 @@ class Mesh:
                 f"world size {world_size} does not divide over num_nodes={num_nodes}: start the same number of ranks "
                 f"on every node (a world size of {_nearest_multiple(world_size, num_nodes)}), or change num_nodes"
             )
-        return cls(num_nodes, world_size // num_nodes, rank)
+        return cls(num_nodes, world_size // num_nodes, rank, pipeline_parallel_size)
 
     @property
     def world_size(self) -> int:
@@ -67,12 +75,25 @@ class Mesh:
     @property
     def data_parallel_size(self) -> int:
         """Number of model replicas."""
-        return self.world_size
+        return self.world_size // self.pipeline_parallel_size
 
     @property
     def data_parallel_rank(self) -> int:
         """Which replica this rank belongs to: what a sampler shares the data out by."""
-        return self.rank
+        return self.rank // self.pipeline_parallel_size
+
+    @property
+    def pipeline_rank(self) -> int:
+        """Which of the ranks that share its replica this one is."""
+        return self.rank % self.pipeline_parallel_size
+
+    def ranks_of_replica(self, replica: int) -> list[int]:
+        """Global ranks that share one replica, in the order of the pipeline."""
+        return [replica * self.pipeline_parallel_size + rank for rank in range(self.pipeline_parallel_size)]
+
+    def ranks_across_replicas(self, pipeline_rank: int) -> list[int]:
+        """Global ranks that hold the same part of the model, one a replica, in order."""
+        return [replica * self.pipeline_parallel_size + pipeline_rank for replica in range(self.data_parallel_size)]
 
     def node_of(self, rank: int) -> int:
         """Index of the node that ``rank`` runs on."""

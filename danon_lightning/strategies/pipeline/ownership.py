@@ -48,6 +48,26 @@ def find_owners(
     return owners
 
 
+def owners_before_use(root: nn.Module, blocks: Blocks, cuts: Cuts) -> dict[str, tuple[int, ...]]:
+    """The stages that hold each parameter and buffer as long as no step has been seen.
+
+    Args:
+        root: The module.
+        blocks: Its blocks.
+        cuts: Where it is cut.
+
+    Returns:
+        As :func:`find_owners` does: for what is in blocks their stages, for all else every stage.
+    """
+    slots = find_slots(root)
+    of_blocks = blocks_of_slots(slots, blocks.modules)
+    every = tuple(range(cuts.stages))
+    return {
+        name: tuple(sorted({cuts.stage_of_block(block) for block in of_blocks[name]})) if name in of_blocks else every
+        for name in slots
+    }
+
+
 def _may_use_unseen(recording: Recording, seen: bool) -> bool:
     """Whether the tail may use a parameter without this having been recorded."""
     return recording.tail_problem is not None or (recording.tail_reads and not seen)

@@ -1,6 +1,6 @@
 """The ranks of a pipeline at work: a batch in, gradients in ``.grad`` and results out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,9 +58,9 @@ class Pipeline:
         self._rank = dist.get_rank(group)
         self.stages = schedule.stages_of(self._rank)
         staged.release(self.stages)
-        modules = [_StageModule(self, stage) for stage in self.stages]
         self._stages = [
-            ScheduledStage(module, module.stage, schedule.stages, self._device, group) for module in modules
+            ScheduledStage(_StageModule(self, stage), stage, schedule.stages, self._device, group)
+            for stage in self.stages
         ]
         self._prepared: dict[int, Any] = {}
         self._batch: _Batch | None = None
@@ -69,6 +69,30 @@ class Pipeline:
     def has_last(self) -> bool:
         """Whether this rank runs the last stage: it alone has the results of the step."""
         return self._schedule.stages - 1 in self.stages
+
+    def settle(self, owners: Mapping[str, Sequence[int]]) -> dict[nn.Parameter, Tensor]:
+        """Hold no more than what the stages of this rank use.
+
+        Args:
+            owners: Which stages hold what; no stage anything new.
+
+        Returns:
+            What stands for each of the parameters that have been released.
+        """
+        before = {name: self._staged.parameter(name) for name in owners}
+        self._staged.owners = owners
+        self._staged.release(self.stages)
+        released = {}
+        for name, parameter in before.items():
+            if parameter is not None and self._staged.parameter(name) is None:
+                released[parameter] = self._staged.placeholder(name)
+        return released
+
+    def counted_here(self) -> set[int]:
+        """The ``id`` of each parameter that this rank is to count, where all ranks together count each once."""
+        elsewhere = {id(parameter) for _, parameter, ranks in self._shared if ranks[0] != self._rank}
+        held = [self._staged.parameter(name) for name in self._staged.owners]
+        return {id(parameter) for parameter in held if parameter is not None} - elsewhere
 
     def train(self, micro_batches: Sequence[MicroBatch], weights: Sequence[float], scale: float = 1.0) -> list[Any]:
         """Run forward and backward passes. Gradients are added to ``.grad``; :meth:`sum_shared_gradients` is left.
@@ -226,8 +250,12 @@ class _StageModule(nn.Module):
         super().__init__()
         self._run = pipeline.run_stage
         self.stage = stage
-        # Schedules that put off the gradients of weights ask which these are.
-        self.own = nn.ParameterList(pipeline._staged.parameters_of(stage))
+        self._parameters_of_stage = pipeline._staged.parameters_of
+
+    @override
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Schedules that put off the gradients of weights ask which these are."""
+        return iter(self._parameters_of_stage(self.stage))
 
     @override
     def forward(self, *received: Tensor, index: int) -> Any:

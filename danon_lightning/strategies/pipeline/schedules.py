@@ -3,30 +3,29 @@
 from dataclasses import dataclass
 from typing import Literal
 
-# Those of torch, by their names there: whether a rank has several stages, and how these are dealt out.
-_SEVERAL_STAGES = {
-    "GPipe": False,
-    "1F1B": False,
-    "Interleaved1F1B": True,
-    "LoopedBFS": True,
-    "InterleavedZeroBubble": True,
-    "ZBVZeroBubble": True,
+# What torch calls them, and whether a rank has several stages.
+_KNOWN = {
+    "gpipe": ("GPipe", False),
+    "1f1b": ("1F1B", False),
+    "interleaved_1f1b": ("Interleaved1F1B", True),
+    "looped_bfs": ("LoopedBFS", True),
+    "interleaved_zero_bubble": ("InterleavedZeroBubble", True),
+    "zbv": ("ZBVZeroBubble", True),
 }
-_V_SHAPED = "ZBVZeroBubble"
 
 
 @dataclass(frozen=True)
 class Schedule:
     """An order of forward and backward passes, on a number of ranks.
 
-    - ``"GPipe"``: all forward passes, then all backward passes (Huang et al., NeurIPS 2019, arXiv:1811.06965).
-    - ``"1F1B"``: in turns, so that no stage has more micro-batches under way than there are stages from it to the last
+    - ``"gpipe"``: all forward passes, then all backward passes (Huang et al., NeurIPS 2019, arXiv:1811.06965).
+    - ``"1f1b"``: in turns, so that no stage has more micro-batches under way than there are stages from it to the last
       (Narayanan et al., SC 2021, arXiv:2104.04473).
-    - ``"Interleaved1F1B"``: the same with several stages a rank, which shortens the idle time (ibid.).
-    - ``"LoopedBFS"``: several stages a rank, each of which runs all micro-batches before the next (Lamy-Poirier, MLSys
+    - ``"interleaved_1f1b"``: the same with several stages a rank, which shortens the idle time (ibid.).
+    - ``"looped_bfs"``: several stages a rank, each of which runs all micro-batches before the next (Lamy-Poirier, MLSys
       2023, arXiv:2211.05953).
-    - ``"InterleavedZeroBubble"``, ``"ZBVZeroBubble"``: backward passes in two parts, of which the second (the gradients
-      of weights) fills the idle time; the latter with two stages a rank, the first and the last on the same one (Qi et
+    - ``"interleaved_zero_bubble"`` and ``"zbv"``: backward passes in two parts, of which the second (the gradients of
+      weights) fills the idle time; the latter with two stages a rank, the first and the last on the same one (Qi et
       al., ICLR 2024, arXiv:2401.10241).
 
     Attributes:
@@ -42,7 +41,7 @@ class Schedule:
     @property
     def style(self) -> Literal["loop", "v"]:
         """Whether stages are dealt out from the first to the last rank each time, or there and back."""
-        return "v" if self.name == _V_SHAPED else "loop"
+        return "v" if self.name == "zbv" else "loop"
 
     @property
     def stages(self) -> int:
@@ -59,23 +58,25 @@ class Schedule:
         return tuple(stage for stage in range(self.stages) if self.rank_of(stage) == rank)
 
     def order(self, micro_batches: int) -> str:
-        """The name of the schedule that this many micro-batches are run with.
+        """What torch calls the schedule that this many micro-batches are run with.
 
         A last batch may be too small for what was asked for. Gradients do not depend on the order.
         """
-        rounds = max(1, micro_batches // self.ranks)
-        if self.name == "1F1B" and micro_batches < self.ranks:
-            return "GPipe"
-        if self.name in ("Interleaved1F1B", "InterleavedZeroBubble") and micro_batches % rounds:
-            return "LoopedBFS"
-        return self.name
+        name = self.name
+        if name == "1f1b" and micro_batches < self.ranks:
+            name = "gpipe"
+        if name in ("interleaved_1f1b", "interleaved_zero_bubble"):
+            rounds = max(1, micro_batches // self.ranks)
+            if micro_batches % rounds:
+                name = "looped_bfs"
+        return _KNOWN[name][0]
 
 
 def resolve_schedule(name: str, ranks: int, stages_per_rank: int | None = None) -> Schedule:
     """The schedule of a name.
 
     Args:
-        name: One of those of :class:`Schedule`, in upper or lower case.
+        name: One of those of :class:`Schedule`.
         ranks: Number of ranks of the pipeline.
         stages_per_rank: How many stages each is to have; None for the fewest that make sense: one, or two where the
             schedule is for several.
@@ -83,20 +84,18 @@ def resolve_schedule(name: str, ranks: int, stages_per_rank: int | None = None) 
     Raises:
         ValueError: If there is no such schedule, or it cannot have so many stages a rank.
     """
-    names = {known.lower(): known for known in _SEVERAL_STAGES}
-    known = names.get(name.lower())
-    if known is None:
-        raise ValueError(f"schedule={name!r} must be one of {', '.join(_SEVERAL_STAGES)}")
-    several = _SEVERAL_STAGES[known]
+    if name not in _KNOWN:
+        raise ValueError(f"schedule={name!r} must be one of {', '.join(_KNOWN)}")
+    _, several = _KNOWN[name]
     stages = stages_per_rank if stages_per_rank is not None else 2 if several else 1
-    if known == _V_SHAPED and stages != 2:
-        raise ValueError(f"schedule={known!r} has two stages a rank, but stages_per_rank={stages}")
+    if name == "zbv" and stages != 2:
+        raise ValueError(f"schedule='zbv' has two stages a rank, but stages_per_rank={stages}")
     if several and stages < 2:
         raise ValueError(
-            f"schedule={known!r} is for several stages a rank, but stages_per_rank={stages}: take more, or '1F1B'"
+            f"schedule={name!r} is for several stages a rank, but stages_per_rank={stages}: take more, or '1f1b'"
         )
     if not several and stages != 1:
         raise ValueError(
-            f"schedule={known!r} has one stage a rank, but stages_per_rank={stages}: 'Interleaved1F1B' takes several"
+            f"schedule={name!r} has one stage a rank, but stages_per_rank={stages}: 'interleaved_1f1b' takes several"
         )
-    return Schedule(known, ranks, stages)
+    return Schedule(name, ranks, stages)

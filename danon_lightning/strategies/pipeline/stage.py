@@ -66,6 +66,14 @@ class StagedModule:
         held = self._slots[name].get()
         return held if isinstance(held, nn.Parameter) and not isinstance(held, Absent) else None
 
+    def placeholder(self, name: str) -> Tensor:
+        """What stands in the place of a parameter that this process does not hold.
+
+        Args:
+            name: Its first full name.
+        """
+        return self._slots[name].get()
+
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Make blocks do what their stage asks for, for as long as a schedule lasts.

@@ -24,7 +24,7 @@ from danon_lightning.testing import RankFailedError, run_distributed
 
 EXACT = 1e-12
 LAYERS = {1: 4, 2: 8, 4: 8}
-SCHEDULES = ["GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble"]
+SCHEDULES = ["gpipe", "1f1b", "interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble", "zbv"]
 MODELS = {
     "tied": GPT,
     "tuples, mask and rotary table": MaskedGPT,
@@ -120,7 +120,7 @@ def test_every_schedule_gives_the_loss_and_gradients_of_one_process(ranks):
 
 def compare_models():
     for label, cls in MODELS.items():
-        for name in ("1F1B", "ZBVZeroBubble"):
+        for name in ("1f1b", "zbv"):
             batch = make_batch(6, padded=cls is MaskedGPT)
             try:
                 Job(make(cls), resolve(name), [batch], [4]).compare(0, run_plainly(make(cls), batch))
@@ -157,7 +157,7 @@ def fail_in_a_stage():
         return model(*part)
 
     batch = make_batch(4)
-    job = Job(make(GPT), resolve("1F1B"), [batch], [2])
+    job = Job(make(GPT), resolve("1f1b"), [batch], [2])
     job.step = step
     job.pipeline.train(job.micro_batches(0), job.weights(0))
 

@@ -1,0 +1,120 @@
+"""Cutting a batch into micro-batches, and putting together what they give."""
+
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+
+# Elements of a tensor that are compared between ranks, about.
+_SAMPLED = 4096
+
+
+def split_batch(batch: Any, micro_batches: int) -> tuple[list[Any], list[int]]:
+    """Cut a batch along its first dimension.
+
+    Args:
+        batch: Nested containers of tensors and other things. Tensors whose first dimension is that of the first tensor
+            with any are cut; all else goes into every part.
+        micro_batches: Into how many parts; fewer, if there are fewer samples.
+
+    Returns:
+        The parts, and how many samples each has: as equal as can be, larger ones first.
+
+    Raises:
+        ValueError: If no tensor in it has a dimension.
+    """
+    tensors: list[Tensor] = []
+    apply_to_collection(batch, Tensor, tensors.append)
+    size = next((len(tensor) for tensor in tensors if tensor.dim()), 0)
+    if not size:
+        raise ValueError(
+            f"a batch of type {type(batch).__name__} has no samples that micro-batches could be made of: it must "
+            "contain a tensor whose first dimension counts them"
+        )
+    count = min(micro_batches, size)
+    sizes = [size // count + (index < size % count) for index in range(count)]
+    parts = []
+    start = 0
+    for length in sizes:
+        parts.append(apply_to_collection(batch, Tensor, _part, size, start, start + length))
+        start += length
+    return parts, sizes
+
+
+def _part(tensor: Tensor, size: int, start: int, stop: int) -> Tensor:
+    return tensor[start:stop] if tensor.dim() and len(tensor) == size else tensor
+
+
+def check_alike(batch: Any, group: dist.ProcessGroup, device: torch.device) -> None:
+    """Check that all ranks of a pipeline have the same batch. Collective.
+
+    Args:
+        batch: That of this rank.
+        group: The ranks of the pipeline.
+        device: Where these move tensors.
+
+    Raises:
+        ValueError: On all of them, if they have not.
+    """
+    mine = _fingerprint(batch).to(device)
+    prints = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(prints, mine, group=group)
+    if any(not torch.equal(other, prints[0]) for other in prints):
+        raise ValueError(
+            "the ranks of a pipeline have been given different batches, but they work on the same one: a sampler of "
+            "your own must be keyed on trainer.strategy.distributed_sampler_kwargs, and draw alike on all ranks "
+            "(lightning.seed_everything)"
+        )
+
+
+def _fingerprint(batch: Any) -> Tensor:
+    """Two float64 numbers that batches of other shapes or (a sample of) other values hardly share."""
+    tensors: list[Tensor] = []
+    apply_to_collection(batch, Tensor, tensors.append)
+    shapes = repr([(tensor.shape, tensor.dtype) for tensor in tensors]).encode()
+    content = torch.zeros((), dtype=torch.float64)
+    for tensor in tensors:
+        flat = tensor.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // _SAMPLED)].double().nan_to_num().cpu()
+        content = content * 3 + torch.arange(1, len(sample) + 1, dtype=torch.float64) @ sample
+    return torch.stack([torch.tensor(zlib.crc32(shapes), dtype=torch.float64), content])
+
+
+def join_results(results: Sequence[Any], sizes: Sequence[int]) -> Any:
+    """What a step would have returned for the whole batch.
+
+    Args:
+        results: What it has returned for each micro-batch.
+        sizes: How many samples these have.
+
+    Returns:
+        Nested containers like them, in which tensors with a row for each sample are joined, and numbers are averaged
+        over the samples. A list of what was returned where that is neither, and not the same for all.
+    """
+    first = results[0]
+    if isinstance(first, Mapping):
+        if all(isinstance(one, Mapping) and one.keys() == first.keys() for one in results):
+            return {key: join_results([one[key] for one in results], sizes) for key in first}
+    elif isinstance(first, (list, tuple)):
+        if all(type(one) is type(first) and len(one) == len(first) for one in results):
+            joined = [join_results(leaves, sizes) for leaves in zip(*results, strict=True)]
+            return type(first)(*joined) if hasattr(first, "_fields") else type(first)(joined)
+    elif isinstance(first, Tensor):
+        if all(one.dim() and len(one) == size for one, size in zip(results, sizes, strict=True)):
+            return torch.cat([one.detach() for one in results])
+        if all(one.dim() == 0 for one in results):
+            return weighted_mean([one.detach() for one in results], sizes)
+    elif isinstance(first, float):
+        return weighted_mean(results, sizes)
+    elif all(one is first or one == first for one in results):
+        return first
+    return list(results)
+
+
+def weighted_mean(values: Sequence[Any], sizes: Sequence[int]) -> Any:
+    """The mean of numbers over samples."""
+    return sum(value * (size / sum(sizes)) for value, size in zip(values, sizes, strict=True))

@@ -1,0 +1,70 @@
+"""Metrics of torchmetrics in a module: updated by the last stage alone, and computed for all ranks."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torchmetrics import Metric
+
+from danon_lightning.strategies.pipeline.agreement import broadcast_plain
+
+
+class SharedMetrics:
+    """Makes ``compute`` of a module's metrics give, on each rank of a pipeline, what the last stage has.
+
+    Args:
+        module: The module.
+        source: Rank of the pipeline that has the last stage.
+        pipeline: The ranks of the pipeline.
+        replicas: The ranks that have the same stages: over these, metrics synchronize themselves.
+        device: Where the ranks communicate.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        source: int,
+        pipeline: dist.ProcessGroup,
+        replicas: dist.ProcessGroup | None,
+        device: torch.device,
+    ) -> None:
+        """See the class."""
+        self._source, self._pipeline, self._device = source, pipeline, device
+        self._in_step = False
+        self._metrics = {name: metric for name, metric in module.named_modules() if isinstance(metric, Metric)}
+        self.paths = {id(metric): name for name, metric in self._metrics.items()}
+        for metric in self._metrics.values():
+            metric.process_group = replicas
+            if replicas is None:
+                metric.distributed_available_fn = _no
+            metric.compute = self._shared(metric, metric.compute)  # type: ignore[method-assign]
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """While a step runs, metrics are what they were: other ranks have nothing to do with its values."""
+        self._in_step = True
+        try:
+            yield
+        finally:
+            self._in_step = False
+
+    def _shared(self, metric: Metric, compute: Callable[[], Any]) -> Callable[[], Any]:
+        def shared_compute() -> Any:
+            if self._in_step:
+                return compute()
+            mine = None
+            if dist.get_rank(self._pipeline) == self._source:
+                with self.step():  # a metric may compute others
+                    mine = compute()
+            value = broadcast_plain(mine, self._source, self._pipeline, self._device)
+            metric._computed = value
+            return value
+
+        return shared_compute
+
+
+def _no() -> bool:
+    return False

@@ -1,0 +1,376 @@
+"""The strategy with pipeline parallelism: replicas of the model that several ranks share."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.overrides.distributed import _sync_module_states
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from rich.console import Console
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from danon_lightning.strategies.hybrid import DanonHybridStrategy
+from danon_lightning.strategies.pipeline.agreement import broadcast_plain
+from danon_lightning.strategies.pipeline.balance import balanced_cuts, cut_table, parameter_costs
+from danon_lightning.strategies.pipeline.batches import check_alike, join_results, split_batch, weighted_mean
+from danon_lightning.strategies.pipeline.blocks import Blocks, find_blocks
+from danon_lightning.strategies.pipeline.checkpoint import gather_plain, load_own
+from danon_lightning.strategies.pipeline.dry_run import batch_signature, dry_run
+from danon_lightning.strategies.pipeline.logged import Logged, captured, replay
+from danon_lightning.strategies.pipeline.metrics import SharedMetrics
+from danon_lightning.strategies.pipeline.ownership import find_owners, owners_before_use
+from danon_lightning.strategies.pipeline.passage import MicroBatch
+from danon_lightning.strategies.pipeline.pipeline import Pipeline, loss_of
+from danon_lightning.strategies.pipeline.recording import Cuts, Recording
+from danon_lightning.strategies.pipeline.stage import StagedModule
+
+# Gradients are averaged over the replicas in pieces of about this size.
+_BUCKET_NUMEL = 1 << 23
+
+
+class PipelinedStrategy(DanonHybridStrategy):
+    """What ``DanonHybridStrategy(pipeline_parallel_size=…)`` makes. See there."""
+
+    _staged: StagedModule | None = None
+    _blocks: Blocks
+    _pipeline: Pipeline
+    _metrics: SharedMetrics
+    _logged: Logged | None = None
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Cut the module, and let go of what other ranks hold."""
+        assert self.accelerator is not None and self.lightning_module is not None
+        self.accelerator.setup(trainer)
+        self._refuse_what_cannot_work(trainer)
+        module = self.lightning_module
+        if self._staged is None or self._staged.root is not module:
+            self.precision_plugin.convert_module(module)
+            self.model_to_device()
+            _sync_module_states(module)
+            self._cut(module)
+        self.precision_plugin.clip_grad_by_norm = self._clip_by_norm  # type: ignore[method-assign]
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+
+    def _refuse_what_cannot_work(self, trainer: pl.Trainer) -> None:
+        assert self.lightning_module is not None
+        fits = trainer.state.fn == TrainerFn.FITTING
+        if fits and not self.lightning_module.automatic_optimization:
+            raise MisconfigurationException(
+                f"pipeline_parallel_size={self._pipeline_parallel_size} needs automatic optimization, but "
+                f"{type(self.lightning_module).__name__} sets automatic_optimization=False: its training_step would "
+                "call backward() on ranks that have no loss"
+            )
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)):
+                raise MisconfigurationException(
+                    f"{type(callback).__name__} copies the whole module, of which a rank of a pipeline holds a part "
+                    f"only: remove it, or train with pipeline_parallel_size=1"
+                )
+        if self._scaler() is not None:
+            raise MisconfigurationException(
+                "precision='16-mixed' cannot be used with pipeline stages: take 'bf16-mixed', which needs no loss "
+                "scaling"
+            )
+
+    def _cut(self, module: pl.LightningModule) -> None:
+        """Decide which rank holds what."""
+        mesh, schedule = self.mesh, self._schedule
+        self._blocks = blocks = find_blocks(module, self._pipeline_layers)
+        if len(blocks) < schedule.stages:
+            raise ValueError(
+                f"{blocks.name!r} has {len(blocks)} layers, too few for {schedule.stages} stages "
+                f"(pipeline_parallel_size={schedule.ranks}, {schedule.stages_per_rank} a rank)"
+            )
+        parameters = parameter_costs(module, blocks)
+        if self._stage_cut == "auto":
+            cuts = balanced_cuts(parameters, schedule.stages)
+        else:
+            cuts = Cuts.checked((0, *self._stage_cut, len(blocks)), len(blocks))
+        if self.is_global_zero:
+            Console().print(cut_table(blocks, schedule, cuts, parameters))
+        self._recordings: dict[Any, Recording] = {}
+        self._settled = False
+        self._staged = StagedModule(module, blocks, cuts, owners_before_use(module, blocks, cuts))
+        replicas = [mesh.ranks_of_replica(replica) for replica in range(mesh.data_parallel_size)]
+        pipeline_group = _own_group(replicas, mesh.rank, self._timeout)
+        assert pipeline_group is not None
+        self._pipeline_group = pipeline_group
+        alike = [mesh.ranks_across_replicas(rank) for rank in range(mesh.pipeline_parallel_size)]
+        self._replica_group = _own_group(alike, mesh.rank, self._timeout)
+        self._pipeline = Pipeline(self._staged, schedule, self._pipeline_group, self.root_device)
+        last = schedule.rank_of(schedule.stages - 1)
+        self._metrics = SharedMetrics(module, last, self._pipeline_group, self._replica_group, self.root_device)
+        self._last = last
+        seed = torch.tensor(int(os.environ.get("PL_GLOBAL_SEED") or torch.initial_seed() % (1 << 62)))
+        seed = seed.to(self.root_device)
+        dist.broadcast(seed, 0)
+        self._seed = int(seed)
+        self._held_back: list[Tensor | None] | None = None
+        self._synchronizes = True
+
+    # ---- steps
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run forward and backward passes of all micro-batches. :meth:`backward` hands the gradients over."""
+        assert self.lightning_module is not None and self._staged is not None
+        accumulated = self.lightning_module.trainer.accumulate_grad_batches
+        micro_batches, sizes = self._micro_batches("training_step", args, self.precision_plugin.train_step_context)
+        if not self._settled:
+            self._settle()
+        weights = [size / sum(sizes) for size in sizes]
+        # Lightning resets gradients after this method, and adds to those of earlier batches in backward.
+        parameters = list(self._own_parameters())
+        before = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        with self._logging() as logged:
+            results = self._pipeline.train(micro_batches, weights, 1 / accumulated)
+        self._held_back = [parameter.grad for parameter in parameters]
+        for parameter, gradient in zip(parameters, before, strict=True):
+            parameter.grad = gradient
+        losses = [float(loss_of(result)) for result in results]
+        agreed = self._agree({"loss": weighted_mean(losses, sizes) if losses else None}, logged, sizes)
+        loss = torch.tensor(agreed["loss"], device=self.root_device, requires_grad=True)
+        if results and isinstance(results[0], Mapping):
+            return {**join_results(results, sizes), "loss": loss}
+        return loss
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run forward passes. The last stage alone has the result."""
+        return self._evaluate("validation_step", args, self.precision_plugin.val_step_context)
+
+    @override
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run forward passes. The last stage alone has the result."""
+        return self._evaluate("test_step", args, self.precision_plugin.test_step_context)
+
+    @override
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run forward passes. All ranks of the pipeline get the result."""
+        result = self._evaluate("predict_step", args, self.precision_plugin.predict_step_context)
+        return broadcast_plain(result, self._last, self._pipeline_group, self.root_device)
+
+    def _evaluate(self, hook: str, args: tuple[Any, ...], context: Callable[[], AbstractContextManager[Any]]) -> Any:
+        micro_batches, sizes = self._micro_batches(hook, args, context)
+        with self._logging() as logged:
+            results = self._pipeline.evaluate(micro_batches)
+        if hook != "predict_step":
+            self._agree({}, logged, sizes)
+        return join_results(results, sizes) if results else None
+
+    def _micro_batches(
+        self, hook: str, args: tuple[Any, ...], context: Callable[[], AbstractContextManager[Any]]
+    ) -> tuple[list[MicroBatch], list[int]]:
+        """The parts of a batch, each with a dry run of its kind."""
+        module, mesh = self.lightning_module, self.mesh
+        assert module is not None
+        batch, *rest = args
+        check_alike(batch, self._pipeline_group, self.root_device)
+        parts, sizes = split_batch(batch, self._num_microbatches)
+        trainer = module.trainer
+        number = (self._seed, mesh.data_parallel_rank, hook, trainer.current_epoch, trainer.global_step, *rest)
+        seed = int.from_bytes(hashlib.blake2b(repr(number).encode(), digest_size=7).digest(), "little")
+
+        def step_on(index: int, part: Any) -> Callable[[], Any]:
+            def step() -> Any:
+                if self._logged is not None:
+                    self._logged.begin(index)
+                with captured(module, self._logged), self._metrics.step(), context():
+                    return getattr(module, hook)(part, *rest)
+
+            return step
+
+        micro_batches = []
+        for index, part in enumerate(parts):
+            step = step_on(index, part)
+            key = hook, tuple(rest[1:]), batch_signature(module, part)
+            if key not in self._recordings:
+                self._recordings[key] = dry_run(module, self._blocks, step)
+            micro_batches.append(MicroBatch(step, index, seed, self._recordings[key]))
+        return micro_batches, sizes
+
+    @contextmanager
+    def _logging(self) -> Iterator[Logged | None]:
+        """Note what the step logs, on the last stage; elsewhere, values are absent."""
+        self._logged = Logged() if self._pipeline.has_last else None
+        try:
+            yield self._logged
+        finally:
+            self._logged = None
+
+    def _agree(self, found: dict[str, Any], logged: Logged | None, sizes: Sequence[int]) -> dict[str, Any]:
+        """Log on all ranks, and tell them what the last stage has found."""
+        assert self.lightning_module is not None
+        if logged is not None:
+            found["logged"] = logged.combined(sizes, self._metrics.paths)
+        agreed = broadcast_plain(found, self._last, self._pipeline_group, self.root_device)
+        replay(self.lightning_module, agreed["logged"])
+        return dict(agreed)
+
+    def _settle(self) -> None:
+        """Now that a training step is known: keep only what the stages of this rank use."""
+        assert self._staged is not None
+        staged = self._staged
+        owners = find_owners(staged.root, self._blocks, staged.cuts, self._recordings.values())
+        released = self._pipeline.settle(owners)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["params"] = [released.get(parameter, parameter) for parameter in group["params"]]
+            for parameter in released:
+                optimizer.state.pop(parameter, None)
+        self._settled = True
+
+    # ---- gradients
+
+    @override
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """Hand over the gradients of the step, and average them over the replicas."""
+        assert self.lightning_module is not None and self._held_back is not None
+        closure_loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
+        for parameter, gradient in zip(self._own_parameters(), self._held_back, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        self._held_back = None
+        if self._synchronizes:
+            self._pipeline.sum_shared_gradients()
+            self._average_over_replicas()
+        return self.precision_plugin.post_backward(closure_loss, self.lightning_module)
+
+    def _average_over_replicas(self) -> None:
+        if self._replica_group is None:
+            return
+        parameters = list(self._own_parameters())
+        # A parameter that no replica has used must stay without gradient, or the optimizer would move it.
+        used = torch.tensor([parameter.grad is not None for parameter in parameters], device=self.root_device).int()
+        dist.all_reduce(used, dist.ReduceOp.MAX, group=self._replica_group)
+        waiting = [parameter for parameter, is_used in zip(parameters, used.tolist(), strict=True) if is_used]
+        while waiting:
+            bucket, numel = [waiting.pop()], 0
+            while waiting and waiting[-1].dtype == bucket[0].dtype and numel < _BUCKET_NUMEL:
+                numel += bucket[-1].numel()
+                bucket.append(waiting.pop())
+            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
+            flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+            dist.all_reduce(flat, group=self._replica_group)
+            flat /= self.mesh.data_parallel_size
+            for parameter, mean in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+                parameter.grad = mean.view(parameter.shape)
+
+    @override
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """In here, gradients are only gathered."""
+        self._synchronizes = False
+        try:
+            yield
+        finally:
+            self._synchronizes = True
+
+    def _clip_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
+        """Clip by the norm of all gradients, wherever they are."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        counted = self._pipeline.counted_here()
+        norms = torch._foreach_norm([p.grad for p in parameters if id(p) in counted]) if parameters else ()
+        square = torch.zeros((), dtype=torch.float64, device=self.root_device)
+        for norm in norms:
+            square += norm.double().square()
+        dist.all_reduce(square, group=self._pipeline_group)
+        if parameters:
+            nn.utils.clip_grads_with_norm_(parameters, clip_val, square.sqrt())
+
+    def _own_parameters(self) -> Iterator[nn.Parameter]:
+        assert self._staged is not None
+        for name in self._staged.owners:
+            parameter = self._staged.parameter(name)
+            if parameter is not None:
+                yield parameter
+
+    # ---- collective decisions
+
+    @override
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Reduce over the replicas: the ranks of a pipeline have the same values."""
+        if group is None and self.mesh.data_parallel_size == 1:
+            return tensor
+        return super().reduce(tensor, group or self._replica_group, reduce_op)
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """Decide over all ranks."""
+        votes = torch.tensor(int(decision), device=self.root_device)
+        dist.all_reduce(votes)
+        return bool(votes == self.world_size) if all else bool(votes)
+
+    # ---- checkpoints
+
+    @property
+    @override
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Each rank loads what it holds, which is known after set-up."""
+        return True
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The whole state on rank 0, as a plain Trainer would save it; nothing elsewhere. Collective."""
+        assert self.lightning_module is not None
+        return self._gather(self.lightning_module.state_dict())
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The whole state on rank 0, as a plain Trainer would save it. Collective."""
+        state: dict[str, Any] = super().optimizer_state(optimizer)
+        gathered = self._gather(state["state"])
+        return {"state": dict(sorted(gathered.items())), "param_groups": state["param_groups"]}
+
+    def _gather(self, own: dict[Any, Any]) -> dict[Any, Any]:
+        if self.mesh.data_parallel_rank:
+            return {}
+        return gather_plain(own, self._pipeline_group, self.root_device)
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Load what this rank holds."""
+        assert self.lightning_module is not None
+        load_own(self.lightning_module, checkpoint["state_dict"], strict=strict)
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Load what this rank holds."""
+        own = {id(parameter) for parameter in self._own_parameters()}
+        states = []
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            kept = {index: one for index, one in state["state"].items() if id(parameters[index]) in own}
+            states.append({**state, "state": kept})
+        super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})
+
+    @override
+    def teardown(self) -> None:
+        """Release the devices. The module stays cut: it can be validated and tested, and saved."""
+        vars(self.precision_plugin).pop("clip_grad_by_norm", None)
+        ParallelStrategy.teardown(self)
+
+
+def _own_group(groups: list[list[int]], rank: int, timeout: Any) -> dist.ProcessGroup | None:
+    """Create groups, on all ranks alike, and return the one of this rank; None if it is alone in it."""
+    mine = None
+    for ranks in groups:
+        group = dist.new_group(ranks, timeout=timeout) if len(ranks) > 1 else None
+        if rank in ranks:
+            mine = group
+    return mine
