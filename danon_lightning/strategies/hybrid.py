@@ -282,7 +282,8 @@ class DanonHybridStrategy(DDPStrategy):
             exact = self._communicator.load_state_dict(self._saved_memory)
             if not exact and self._residual_checkpoint == "per_rank":
                 rank_zero_warn(
-                    "the exchange is laid out otherwise than before: the run goes on with all residuals, but not to the bit"
+                    "the exchange is laid out otherwise than before: the run goes on with all residuals, but not to "
+                    "the bit"
                 )
             self._saved_memory = None
         self.model.register_comm_hook(self._communicator, self._communicator.hook)
