@@ -1,7 +1,9 @@
 """The strategy: the life cycle of a job. What it is made of lies beside it."""
 
 import atexit
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, ClassVar, Literal
 
@@ -33,6 +35,7 @@ from danon_lightning.strategies.communication.error_feedback import resolve_erro
 from danon_lightning.strategies.communication.layout import check_hierarchical, uses_two_levels
 from danon_lightning.strategies.mesh import Mesh
 from danon_lightning.strategies.optimizer_checks import check_optimizer
+from danon_lightning.strategies.pipeline.initialization import reproducible
 from danon_lightning.strategies.pipeline.schedules import resolve_schedule
 
 _CHECKPOINT_KEY = "danon_gradient_memory"
@@ -222,6 +225,21 @@ class DanonHybridStrategy(DDPStrategy):
             ``exposed_seconds``, ``hidden_seconds`` and ``residual_norm``. Empty before ``fit``, and on a single rank.
         """
         return self._communicator.stats() if self._communicator else {}
+
+    @override
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        """Give what ``configure_model`` makes the same weights on every layout of the ranks."""
+        with reproducible(self._shared_seed()):
+            yield
+
+    def _shared_seed(self) -> int:
+        """The same on all ranks."""
+        seed = torch.tensor(int(os.environ.get("PL_GLOBAL_SEED") or torch.initial_seed() % (1 << 62)))
+        if dist.is_initialized():
+            seed = seed.to(self.root_device)
+            dist.broadcast(seed, 0)
+        return int(seed)
 
     @override
     def setup_environment(self) -> None:

@@ -1,8 +1,7 @@
 """The strategy with pipeline parallelism: replicas of the model that several ranks share."""
 
 import hashlib
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -11,7 +10,6 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
@@ -26,6 +24,7 @@ from danon_lightning.strategies.pipeline.batches import check_alike, join_result
 from danon_lightning.strategies.pipeline.blocks import Blocks, find_blocks
 from danon_lightning.strategies.pipeline.checkpoint import gather_plain, load_own
 from danon_lightning.strategies.pipeline.dry_run import batch_signature, dry_run
+from danon_lightning.strategies.pipeline.initialization import made_in_part, reproducible
 from danon_lightning.strategies.pipeline.logged import Logged, captured, replay
 from danon_lightning.strategies.pipeline.metrics import SharedMetrics
 from danon_lightning.strategies.pipeline.ownership import find_owners, owners_before_use
@@ -33,6 +32,7 @@ from danon_lightning.strategies.pipeline.passage import MicroBatch
 from danon_lightning.strategies.pipeline.pipeline import Pipeline, loss_of
 from danon_lightning.strategies.pipeline.recording import Cuts, Recording
 from danon_lightning.strategies.pipeline.stage import StagedModule
+from danon_lightning.strategies.pipeline.torch_internals import overflow_flags
 
 # Gradients are averaged over the replicas in pieces of about this size.
 _BUCKET_NUMEL = 1 << 23
@@ -46,6 +46,32 @@ class PipelinedStrategy(DanonHybridStrategy):
     _pipeline: Pipeline
     _metrics: SharedMetrics
     _logged: Logged | None = None
+    _made_in_part: Collection[str] = ()
+
+    @override
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        """Have ``configure_model`` make only what the stages of this rank need.
+
+        It runs twice: without any data, which shows what there is; then for the part.
+        """
+        module = self.lightning_module
+        assert module is not None
+
+        def make() -> None:
+            with reproducible(seed), self.precision_plugin.module_init_context():
+                module.configure_model()
+
+        def own_parameters() -> list[str]:
+            self._made_in_part = {name for name, parameter in module.named_parameters() if parameter.is_meta}
+            blocks, cuts = self._find_cuts(module)
+            own = set(self._schedule.stages_of(self.mesh.pipeline_rank))
+            owners = owners_before_use(module, blocks, cuts)
+            return [name for name, stages in owners.items() if own & set(stages)]
+
+        seed = self._shared_seed()
+        with made_in_part(module, make, own_parameters, self.root_device):
+            yield
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
@@ -56,10 +82,15 @@ class PipelinedStrategy(DanonHybridStrategy):
         module = self.lightning_module
         if self._staged is None or self._staged.root is not module:
             self.precision_plugin.convert_module(module)
-            self.model_to_device()
-            _sync_module_states(module)
+            for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+                if name not in self._made_in_part:
+                    tensor.data = tensor.data.to(self.root_device)
+                    dist.broadcast(tensor.data, 0)
             self._cut(module)
         self.precision_plugin.clip_grad_by_norm = self._clip_by_norm  # type: ignore[method-assign]
+        scaler = self._scaler()
+        if scaler is not None and "unscale_" not in vars(scaler):
+            scaler.unscale_ = self._agreeing_on_overflow(scaler)  # type: ignore[assignment, method-assign]
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
@@ -79,28 +110,25 @@ class PipelinedStrategy(DanonHybridStrategy):
                     f"{type(callback).__name__} copies the whole module, of which a rank of a pipeline holds a part "
                     f"only: remove it, or train with pipeline_parallel_size=1"
                 )
-        if self._scaler() is not None:
-            raise MisconfigurationException(
-                "precision='16-mixed' cannot be used with pipeline stages: take 'bf16-mixed', which needs no loss "
-                "scaling"
-            )
 
-    def _cut(self, module: pl.LightningModule) -> None:
-        """Decide which rank holds what."""
-        mesh, schedule = self.mesh, self._schedule
-        self._blocks = blocks = find_blocks(module, self._pipeline_layers)
+    def _find_cuts(self, module: pl.LightningModule) -> tuple[Blocks, Cuts]:
+        schedule, blocks = self._schedule, find_blocks(module, self._pipeline_layers)
         if len(blocks) < schedule.stages:
             raise ValueError(
                 f"{blocks.name!r} has {len(blocks)} layers, too few for {schedule.stages} stages "
                 f"(pipeline_parallel_size={schedule.ranks}, {schedule.stages_per_rank} a rank)"
             )
-        parameters = parameter_costs(module, blocks)
         if self._stage_cut == "auto":
-            cuts = balanced_cuts(parameters, schedule.stages)
-        else:
-            cuts = Cuts.checked((0, *self._stage_cut, len(blocks)), len(blocks))
+            return blocks, balanced_cuts(parameter_costs(module, blocks), schedule.stages)
+        return blocks, Cuts.checked((0, *self._stage_cut, len(blocks)), len(blocks))
+
+    def _cut(self, module: pl.LightningModule) -> None:
+        """Decide which rank holds what."""
+        mesh, schedule = self.mesh, self._schedule
+        self._blocks, cuts = self._find_cuts(module)
+        blocks = self._blocks
         if self.is_global_zero:
-            Console().print(cut_table(blocks, schedule, cuts, parameters))
+            Console().print(cut_table(blocks, schedule, cuts, parameter_costs(module, blocks)))
         self._recordings: dict[Any, Recording] = {}
         self._settled = False
         self._staged = StagedModule(module, blocks, cuts, owners_before_use(module, blocks, cuts))
@@ -114,10 +142,7 @@ class PipelinedStrategy(DanonHybridStrategy):
         last = schedule.rank_of(schedule.stages - 1)
         self._metrics = SharedMetrics(module, last, self._pipeline_group, self._replica_group, self.root_device)
         self._last = last
-        seed = torch.tensor(int(os.environ.get("PL_GLOBAL_SEED") or torch.initial_seed() % (1 << 62)))
-        seed = seed.to(self.root_device)
-        dist.broadcast(seed, 0)
-        self._seed = int(seed)
+        self._seed = self._shared_seed()
         self._held_back: list[Tensor | None] | None = None
         self._synchronizes = True
 
@@ -138,7 +163,7 @@ class PipelinedStrategy(DanonHybridStrategy):
         for parameter in parameters:
             parameter.grad = None
         with self._logging() as logged:
-            results = self._pipeline.train(micro_batches, weights, 1 / accumulated)
+            results = self._pipeline.train(micro_batches, weights, self._loss_scale() / accumulated)
         self._held_back = [parameter.grad for parameter in parameters]
         for parameter, gradient in zip(parameters, before, strict=True):
             parameter.grad = gradient
@@ -292,6 +317,22 @@ class PipelinedStrategy(DanonHybridStrategy):
         dist.all_reduce(square, group=self._pipeline_group)
         if parameters:
             nn.utils.clip_grads_with_norm_(parameters, clip_val, square.sqrt())
+
+    def _agreeing_on_overflow(self, scaler: torch.amp.GradScaler) -> Callable[[Optimizer], None]:
+        """Have a scaler skip a step on all ranks where a gradient has overflown on any."""
+        unscale = scaler.unscale_
+
+        def unscale_(optimizer: Optimizer) -> None:
+            unscale(optimizer)
+            found = overflow_flags(scaler, optimizer)
+            flag = torch.stack([one.to(self.root_device) for one in found.values()] or [torch.zeros(())]).max()
+            flag = flag.to(self.root_device)
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            for one in found.values():
+                one.copy_(flag)
+            found.setdefault(self.root_device, flag)
+
+        return unscale_
 
     def _own_parameters(self) -> Iterator[nn.Parameter]:
         assert self._staged is not None

@@ -35,8 +35,8 @@ _COMMAND_TIMEOUT_SECONDS = 30.0
 class EmulatedHosts:
     """A context manager that holds hosts with one network interface each, all in one subnet.
 
-    Each link is shaped in both directions by a token bucket (``tc tbf``), and TCP controls congestion as it does by
-    default on Linux, by CUBIC. The namespaces are removed, and what runs in
+    A link with a rate is shaped in both directions by a token bucket (``tc tbf``), and TCP controls congestion on it as
+    it does by default on Linux, by CUBIC. The namespaces are removed, and what runs in
     them is killed, on leaving the context and also when this process dies in any way. Needs Linux and root.
 
         with EmulatedHosts(2, rate_mbit=100) as hosts:
@@ -105,6 +105,7 @@ class EmulatedHosts:
         for index in range(self._count) if host is None else [host]:
             _shape(self._namespaces[index], self.interface, rate_mbit)
             _shape(self._switch, f"port{index}", rate_mbit)
+            self._control_congestion(index, shaped=rate_mbit is not None)
 
     def bytes_sent(self, host: int) -> int:
         """Returns how many bytes, headers included, a host's interface has sent."""
@@ -166,20 +167,20 @@ class EmulatedHosts:
             _run("ip", "-n", namespace, "addr", "add", f"{self.address(index)}/24", "dev", self.interface)
             _run("ip", "-n", namespace, "link", "set", self.interface, "up")
             _run("ip", "-n", namespace, "link", "set", "lo", "up")
-            self._choose_congestion_control(namespace, self.address(index))
         if self._initial_rate is not None:
             self.set_rate(self._initial_rate)
 
-    def _choose_congestion_control(self, namespace: str, address: str) -> None:
-        """Have hosts send as Linux does unless told otherwise, whatever this machine has been told.
+    def _control_congestion(self, host: int, *, shaped: bool) -> None:
+        """Have a host send over a shaped link as Linux does unless told otherwise, whatever this machine has been told.
 
         With BBR, for one, two streams leave a shaped link idle for a twentieth of the time, and one alone does not.
         """
         # A kernel without it keeps what it has.
         with suppress(RuntimeError):
             _run(
-                *("ip", "-n", namespace, "route", "replace", f"{_SUBNET}.0/24", "dev", self.interface),
-                *("src", address, "congctl", _CONGESTION_CONTROL),
+                *("ip", "-n", self._namespaces[host], "route", "replace", f"{_SUBNET}.0/24", "dev", self.interface),
+                *("src", self.address(host)),
+                *(("congctl", _CONGESTION_CONTROL) if shaped else ()),
             )
 
     def _remove(self) -> None:

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -86,6 +87,22 @@ def test_rates_are_kept_and_can_be_changed(emulated_hosts):
         hosts.set_rate(0)
     with pytest.raises(ValueError, match="2 hosts"):
         hosts.set_rate(1, host=2)
+
+
+@pytest.mark.hosts
+def test_shaped_links_are_controlled_as_is_usual_on_linux(emulated_hosts):
+    available = Path("/proc/sys/net/ipv4/tcp_available_congestion_control").read_text()
+    if "cubic" not in available:
+        pytest.skip(f"this kernel has no CUBIC: {available.strip()}")
+    hosts = emulated_hosts(2, rate_mbit=80)
+
+    def routes():
+        return subprocess.run([*hosts.command_prefix(1), "ip", "route"], capture_output=True, text=True).stdout
+
+    assert "congctl cubic" in routes()
+    hosts.set_rate(None)
+    assert "10.77.0.0/24 dev eth0" in routes()
+    assert "congctl" not in routes()
 
 
 @pytest.mark.hosts

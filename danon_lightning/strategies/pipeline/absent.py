@@ -66,9 +66,9 @@ class Absent(Tensor):
         return absent
 
     @classmethod
-    def like(cls, tensor: Tensor, *, name: str | None = None) -> "Absent":
-        """One that stands for ``tensor``; for a parameter, it passes for a parameter."""
-        absent = cls(meta_of(tensor), tensor.device, requires_grad=tensor.requires_grad, name=name)
+    def like(cls, tensor: Tensor, *, name: str | None = None, device: torch.device | None = None) -> "Absent":
+        """One that stands for ``tensor``, there or elsewhere; for a parameter, it passes for a parameter."""
+        absent = cls(meta_of(tensor), device or tensor.device, requires_grad=tensor.requires_grad, name=name)
         if isinstance(tensor, torch.nn.Parameter):
             mark_as_parameter(absent)
         return absent

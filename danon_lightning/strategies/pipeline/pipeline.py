@@ -57,7 +57,7 @@ class Pipeline:
         self._device = torch.device(device)
         self._rank = dist.get_rank(group)
         self.stages = schedule.stages_of(self._rank)
-        staged.release(self.stages)
+        staged.release(self.stages, self._device)
         self._stages = [
             ScheduledStage(_StageModule(self, stage), stage, schedule.stages, self._device, group)
             for stage in self.stages
@@ -81,7 +81,7 @@ class Pipeline:
         """
         before = {name: self._staged.parameter(name) for name in owners}
         self._staged.owners = owners
-        self._staged.release(self.stages)
+        self._staged.release(self.stages, self._device)
         released = {}
         for name, parameter in before.items():
             if parameter is not None and self._staged.parameter(name) is None:

@@ -37,16 +37,17 @@ class StagedModule:
         self._of_blocks = blocks_of_slots(self._slots, blocks.modules)
         self._passage: Passage | None = None
 
-    def release(self, stages: Iterable[int]) -> None:
+    def release(self, stages: Iterable[int], device: torch.device | None = None) -> None:
         """Let go of all parameters and buffers that none of these stages holds: they become absent.
 
         Args:
             stages: The stages of this process.
+            device: Where they claim to be, if not where they were.
         """
         kept = set(stages)
         for name, slot in self._slots.items():
             if not kept & set(self.owners[name]):
-                slot.put(Absent.like(slot.get(), name=name))
+                slot.put(Absent.like(slot.get(), name=name, device=device))
 
     def parameters_of(self, stage: int) -> list[nn.Parameter]:
         """The parameters that a stage holds.

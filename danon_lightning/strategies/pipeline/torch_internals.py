@@ -15,10 +15,14 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.utils import checkpoint
+from torch.utils._device import _device_constructors
 
 TreeSpec = pytree.TreeSpec
 flatten = pytree.tree_flatten
 unflatten = pytree.tree_unflatten
+
+# What a mode sees of ``tensor.is_meta``.
+ASKS_FOR_DATA = Tensor.is_meta.__get__  # type: ignore[attr-defined]
 
 _TensorType = TypeVar("_TensorType", bound=Tensor)
 _OF_INSTANCE = ("_call_impl", "_compiled_call_impl")
@@ -145,3 +149,19 @@ def _enclosing(code: object) -> FrameType | None:
     while frame is not None and frame.f_code is not code:
         frame = frame.f_back
     return frame
+
+
+def makes_tensors(func: Callable[..., Any]) -> bool:
+    """Whether a function is one of those that make a tensor on the default device."""
+    return func in _device_constructors()
+
+
+def storage_identity(tensor: Tensor) -> int:
+    """The same for all tensors that share their data, also where these have none (on the meta device)."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def overflow_flags(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> dict[torch.device, Tensor]:
+    """Whether a gradient was not finite, by device, as a scaler has found it when it unscaled: 0 or 1."""
+    found: dict[torch.device, Tensor] = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+    return found

@@ -118,3 +118,28 @@ def make_trainer(strategy="auto", devices=1, **options):
 
 def losses_of(trainer):
     return next(callback.losses for callback in trainer.callbacks if isinstance(callback, Record))
+
+
+class Deferred(Tied):
+    """Makes its layers when it is told to, with dropout in them and a buffer beside them."""
+
+    def __init__(self, layers=4, width=WIDTH):
+        super().__init__(layers)
+        self.size, self.width = layers, width
+        self.layers = None
+
+    def configure_model(self):
+        if self.layers is not None:
+            return
+        self.layers = nn.ModuleList([self.layer() for _ in range(self.size)])
+        for layer in self.layers:
+            nn.init.orthogonal_(layer[2].weight)
+            layer.register_buffer("scale", torch.ones(1) * 0.5)
+        self.register_buffer("positions", torch.arange(LENGTH))
+        self.shift = nn.Parameter(torch.randn(WIDTH))
+
+    def forward(self, tokens):
+        x = self.embedding(tokens) + self.shift + self.positions[:, None]
+        for layer in self.layers:
+            x = x + layer(x) * layer.scale
+        return self.head(x)

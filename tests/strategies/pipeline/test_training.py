@@ -2,12 +2,21 @@
 
 import os
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    LambdaCallback,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
+from lightning.pytorch.plugins import MixedPrecision
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))  # each rank imports this file anew, and its neighbours with it
 from lightning_modules import Tied, loader, losses_of, make_trainer
@@ -173,6 +182,49 @@ def test_the_usual_callbacks_work(tmp_path):
     module = Tied()
     module.load_state_dict(torch.load(best, weights_only=True)["state_dict"])
     assert "lr-AdamW" in (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text()
+
+
+# ---- half precision
+
+
+class Overflowing(Tied):
+    """In the second batch a gradient is too large once it is scaled, on the last stage alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(3))
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)["loss"]
+        return loss + (1e37 if batch_idx == 1 else 0.0) * self.shift.sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def scaled_training():
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=100)
+    module = Overflowing()
+    trainer = make_trainer(
+        pipelined(2), 2, max_steps=3, max_epochs=-1, num_sanity_val_steps=0, limit_val_batches=0, precision=None,
+        plugins=[MixedPrecision("16-mixed", "cpu", scaler)],
+    )  # fmt: skip
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    weights = []
+    trainer.callbacks.append(
+        LambdaCallback(
+            on_train_batch_end=lambda t, m, *_: weights.append(m.layers[3 * t.global_rank][0].weight.clone())
+        )
+    )
+    trainer.fit(module, loader())
+    return scaler.get_scale(), [before[f"layers.{3 * trainer.global_rank}.0.weight"], *weights]
+
+
+def test_a_step_that_overflows_is_skipped_on_all_ranks():
+    for scale, weights in run_distributed(scaled_training, 2, timeout=60):
+        assert scale == 2.0**9
+        moved = [not torch.equal(one, other) for one, other in pairwise(weights)]
+        assert moved == [True, False, True]
 
 
 # ---- refusals
