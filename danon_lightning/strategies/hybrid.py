@@ -145,6 +145,7 @@ class DanonHybridStrategy(DDPStrategy):
         self._residual_checkpoint = residual_checkpoint
         self._saved_memory: dict[str, Any] | None = None
         self._hierarchical = hierarchical
+        self._bucket_bytes = round(bucket_cap_mb * (1 << 20))
         self._communicator: GradientCommunicator | None = None
         if pipeline_parallel_size < 1:
             raise ValueError(f"pipeline_parallel_size={pipeline_parallel_size} must be at least 1")
@@ -169,11 +170,6 @@ class DanonHybridStrategy(DDPStrategy):
                     f"stage_cut={self._stage_cut!r} must give the first layers of stages 1 to {stages - 1}, ascending, "
                     f"or be 'auto'"
                 )
-        if size > 1 and self._compressor is not None:
-            raise ValueError(
-                f"compression={self._compressor.name!r} cannot be used with pipeline_parallel_size={size}: gradients "
-                "of pipeline stages are averaged dense"
-            )
 
     @classmethod
     @override
@@ -274,9 +270,7 @@ class DanonHybridStrategy(DDPStrategy):
         # Lightning would register hooks on CUDA only; ours serves every device.
         mesh = self.mesh
         if mesh.world_size == 1:
-            if self._saved_memory is not None:
-                rank_zero_warn("on a single rank nothing is exchanged: what earlier steps have left out is lost")
-                self._saved_memory = None
+            self._restore_memory()
             return
         assert isinstance(self.model, DistributedDataParallel)
         self._pl_static_graph_delay_done = False  # Lightning sets it once for all fits, but each has a new DDP
@@ -286,9 +280,14 @@ class DanonHybridStrategy(DDPStrategy):
                     f"{name} ({type(submodule).__name__}) has sparse=True, but sparse gradients cannot be exchanged: "
                     "set sparse=False, or train with strategy='ddp'"
                 )
-        self._communicator = GradientCommunicator(
-            self.model,
-            mesh,
+        self._communicator = self._make_communicator(self.model)
+        self._restore_memory()
+        self.model.register_comm_hook(self._communicator, self._communicator.hook)
+
+    def _make_communicator(self, module: nn.Module) -> GradientCommunicator:
+        return GradientCommunicator(
+            module,
+            self.mesh,
             compression=self._compressor,
             error_feedback=self._error_feedback or ("auto" if self._compressor is None else False),
             hierarchical=self._hierarchical,
@@ -296,15 +295,21 @@ class DanonHybridStrategy(DDPStrategy):
             timeout=self._timeout,
             loss_scale=self._loss_scale,
         )
-        if self._saved_memory is not None:
+
+    def _restore_memory(self) -> None:
+        """Give the communicator what a checkpoint has kept for it."""
+        if self._saved_memory is None:
+            return
+        if self._communicator is None:
+            rank_zero_warn("there is no exchange of gradients: what earlier steps have left out is lost")
+        else:
             exact = self._communicator.load_state_dict(self._saved_memory)
             if not exact and self._residual_checkpoint == "per_rank":
                 rank_zero_warn(
                     "the exchange is laid out otherwise than before: the run goes on with all residuals, but not to "
                     "the bit"
                 )
-            self._saved_memory = None
-        self.model.register_comm_hook(self._communicator, self._communicator.hook)
+        self._saved_memory = None
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:

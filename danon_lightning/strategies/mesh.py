@@ -37,10 +37,16 @@ class Mesh:
             raise ValueError(
                 f"rank={self.rank} lies outside a mesh of {self.num_nodes} node(s) × {self.ranks_per_node} rank(s)"
             )
-        if self.pipeline_parallel_size < 1 or self.world_size % self.pipeline_parallel_size:
+        size = self.pipeline_parallel_size
+        if size < 1 or self.world_size % size:
             raise ValueError(
-                f"pipeline_parallel_size={self.pipeline_parallel_size} must divide the number of ranks, "
-                f"{self.world_size}: each replica of the model takes that many"
+                f"pipeline_parallel_size={size} must divide the number of ranks, {self.world_size}: each replica of "
+                "the model takes that many"
+            )
+        if self.ranks_per_node % size and size % self.ranks_per_node:
+            raise ValueError(
+                f"pipeline_parallel_size={size} must divide the number of ranks on a node, {self.ranks_per_node}, or "
+                "be a multiple of it: a replica shall take whole nodes, or a node whole replicas"
             )
 
     @classmethod
@@ -103,9 +109,24 @@ class Mesh:
         """Global ranks of one node, in order."""
         return [node * self.ranks_per_node + local for local in range(self.ranks_per_node)]
 
-    def ranks_across_nodes(self, local_rank: int) -> list[int]:
-        """Global ranks with the same local rank, one a node, in order."""
-        return [node * self.ranks_per_node + local_rank for node in range(self.num_nodes)]
+    @property
+    def replicas_per_node(self) -> int:
+        """Ranks of a node that hold the same part of the model: 1 also where a replica takes several nodes."""
+        return max(1, self.ranks_per_node // self.pipeline_parallel_size)
+
+    def groups_of_replicas(self) -> list[list[int]]:
+        """The ranks that average their gradients: those that hold the same part of the model, for each part."""
+        return [self.ranks_across_replicas(rank) for rank in range(self.pipeline_parallel_size)]
+
+    def groups_inside_nodes(self) -> list[list[int]]:
+        """The same, where all of a group are on one node."""
+        size = self.replicas_per_node
+        return [group[at : at + size] for group in self.groups_of_replicas() for at in range(0, len(group), size)]
+
+    def groups_across_nodes(self) -> list[list[int]]:
+        """The same, with one rank of each node (or of each replica that takes several)."""
+        size = self.replicas_per_node
+        return [group[at::size] for group in self.groups_of_replicas() for at in range(size)]
 
     def __str__(self) -> str:
         """For tables: ``2 nodes × 4 ranks``."""

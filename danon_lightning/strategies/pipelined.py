@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -33,9 +33,6 @@ from danon_lightning.strategies.pipeline.pipeline import Pipeline, loss_of
 from danon_lightning.strategies.pipeline.recording import Cuts, Recording
 from danon_lightning.strategies.pipeline.stage import StagedModule
 from danon_lightning.strategies.pipeline.torch_internals import overflow_flags
-
-# Gradients are averaged over the replicas in pieces of about this size.
-_BUCKET_NUMEL = 1 << 23
 
 
 class PipelinedStrategy(DanonHybridStrategy):
@@ -92,6 +89,7 @@ class PipelinedStrategy(DanonHybridStrategy):
         if scaler is not None and "unscale_" not in vars(scaler):
             scaler.unscale_ = self._agreeing_on_overflow(scaler)  # type: ignore[assignment, method-assign]
         if trainer.state.fn == TrainerFn.FITTING:
+            self._communicator = self._make_communicator(module) if self.mesh.data_parallel_size > 1 else None
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
 
@@ -272,29 +270,30 @@ class PipelinedStrategy(DanonHybridStrategy):
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
         self._held_back = None
         if self._synchronizes:
-            self._pipeline.sum_shared_gradients()
+            self._pipeline.gather_shared_gradients()
             self._average_over_replicas()
+            self._pipeline.spread_shared_gradients()
         return self.precision_plugin.post_backward(closure_loss, self.lightning_module)
 
     def _average_over_replicas(self) -> None:
-        if self._replica_group is None:
+        """Exchange what this rank counts: of what stages share, the first has the sum."""
+        communicator = self._communicator
+        if communicator is None:
             return
-        parameters = list(self._own_parameters())
+        counted = self._pipeline.counted_here()
+        parameters = [parameter for parameter in self._own_parameters() if id(parameter) in counted]
         # A parameter that no replica has used must stay without gradient, or the optimizer would move it.
         used = torch.tensor([parameter.grad is not None for parameter in parameters], device=self.root_device).int()
         dist.all_reduce(used, dist.ReduceOp.MAX, group=self._replica_group)
-        waiting = [parameter for parameter, is_used in zip(parameters, used.tolist(), strict=True) if is_used]
-        while waiting:
-            bucket, numel = [waiting.pop()], 0
-            while waiting and waiting[-1].dtype == bucket[0].dtype and numel < _BUCKET_NUMEL:
-                numel += bucket[-1].numel()
-                bucket.append(waiting.pop())
-            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
-            flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-            dist.all_reduce(flat, group=self._replica_group)
-            flat /= self.mesh.data_parallel_size
-            for parameter, mean in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
-                parameter.grad = mean.view(parameter.shape)
+        parameters = [parameter for parameter, is_used in zip(parameters, used.tolist(), strict=True) if is_used]
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        communicator.average(parameters, self._bucket_bytes)
+        if not communicator.finite and self._scaler() is None:
+            for parameter in self._own_parameters():
+                parameter.grad = None
+            rank_zero_warn("a gradient was not finite: all ranks skip this step")
 
     @override
     @contextmanager
@@ -384,6 +383,13 @@ class PipelinedStrategy(DanonHybridStrategy):
         return gather_plain(own, self._pipeline_group, self.root_device)
 
     @override
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint."""
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only)
+        self._restore_memory()
+        return checkpoint
+
+    @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load what this rank holds."""
         assert self.lightning_module is not None
@@ -404,7 +410,7 @@ class PipelinedStrategy(DanonHybridStrategy):
     def teardown(self) -> None:
         """Release the devices. The module stays cut: it can be validated and tested, and saved."""
         vars(self.precision_plugin).pop("clip_grad_by_norm", None)
-        ParallelStrategy.teardown(self)
+        super().teardown()
 
 
 def _own_group(groups: list[list[int]], rank: int, timeout: Any) -> dist.ProcessGroup | None:

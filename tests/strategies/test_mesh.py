@@ -8,7 +8,8 @@ def test_ranks_are_numbered_node_by_node():
     assert (mesh.world_size, mesh.node, mesh.local_rank) == (6, 1, 1)
     assert (mesh.data_parallel_size, mesh.data_parallel_rank) == (6, 3)
     assert mesh.ranks_of_node(1) == [2, 3]
-    assert mesh.ranks_across_nodes(1) == [1, 3, 5]
+    assert mesh.groups_across_nodes() == [[0, 2, 4], [1, 3, 5]]
+    assert mesh.groups_inside_nodes() == [[0, 1], [2, 3], [4, 5]]
     assert [mesh.node_of(rank) for rank in range(6)] == [0, 0, 1, 1, 2, 2]
     assert str(mesh) == "3 nodes × 2 ranks"
 
@@ -16,7 +17,28 @@ def test_ranks_are_numbered_node_by_node():
 @pytest.mark.parametrize("rank", range(6))
 def test_every_rank_lies_in_one_node_and_one_row_across_nodes(rank):
     mesh = Mesh.from_world(6, 2, rank)
-    assert set(mesh.ranks_of_node(mesh.node)) & set(mesh.ranks_across_nodes(mesh.local_rank)) == {rank}
+    [inside] = [group for group in mesh.groups_inside_nodes() if rank in group]
+    [across] = [group for group in mesh.groups_across_nodes() if rank in group]
+    assert inside == mesh.ranks_of_node(mesh.node)
+    assert set(inside) & set(across) == {rank}
+
+
+@pytest.mark.parametrize(("nodes", "ranks", "size"), [(1, 4, 2), (2, 4, 2), (2, 2, 4), (4, 2, 4), (2, 3, 3), (3, 1, 1)])
+def test_replicas_are_grouped_by_the_part_that_they_hold(nodes, ranks, size):
+    mesh = Mesh(nodes, ranks, 0, size)
+    for groups in (mesh.groups_of_replicas(), mesh.groups_inside_nodes(), mesh.groups_across_nodes()):
+        assert sorted(sum(groups, [])) == list(range(mesh.world_size))
+        assert all(len({rank % size for rank in group}) == 1 for group in groups)
+    assert all(len({mesh.node_of(rank) for rank in group}) == 1 for group in mesh.groups_inside_nodes())
+    for group in mesh.groups_across_nodes():
+        assert len({mesh.node_of(rank) for rank in group}) == len(group)
+
+
+def test_pipelines_fit_into_nodes_or_take_whole_ones():
+    with pytest.raises(ValueError, match="must divide the number of ranks on a node, 3, or be a multiple of it"):
+        Mesh(2, 3, 0, 2)
+    with pytest.raises(ValueError, match="pipeline_parallel_size=3 must divide the number of ranks, 4"):
+        Mesh(2, 2, 0, 3)
 
 
 def test_uneven_nodes_are_refused_with_the_number_to_change():

@@ -8,7 +8,7 @@ the memory of each rank, and makes a run on the same layout go on to the bit as 
 
 import io
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from danon_lightning.strategies.communication.compressors.base import Region
-from danon_lightning.strategies.communication.memory import Memory
+from danon_lightning.strategies.communication.memory import Memory, Owed
 
 _VERSION = 1
 _CHUNK_BYTES = 32 << 20
+_MEAN_KINDS: tuple[Owed, ...] = ("residual", "momentum", "dense_momentum")
 
 State = dict[str, Any]
 
@@ -35,13 +36,13 @@ def rank_state(memory: Memory) -> State:
 
 
 def gather_state(
-    memory: Memory, layout: tuple[int, int], group: dist.ProcessGroup | None, *, per_rank: bool
+    memory: Memory, layout: Sequence[int], group: dist.ProcessGroup | None, *, per_rank: bool
 ) -> State | None:
     """Collect the memory of all ranks on rank 0, one rank at a time. Collective.
 
     Args:
         memory: This rank's.
-        layout: Sizes of the inner and the outer level.
+        layout: Sizes of the inner and the outer level, and of a pipeline.
         group: All ranks; None for one alone.
         per_rank: Which of the two forms.
 
@@ -62,7 +63,7 @@ def gather_state(
     return {**head, "mean": _sum_up(states)}
 
 
-def _head(memory: Memory, layout: tuple[int, int]) -> State:
+def _head(memory: Memory, layout: Sequence[int]) -> State:
     return {"version": _VERSION, "compressor": memory.compressor.name, "layout": list(layout), "step": memory.step}
 
 
@@ -70,7 +71,7 @@ def restore_state(
     memory: Memory,
     state: State,
     regions: set[Region],
-    layout: tuple[int, int],
+    layout: Sequence[int],
     rank: int,
     device: torch.device,
 ) -> bool:
@@ -80,7 +81,7 @@ def restore_state(
         memory: A fresh one.
         state: What :func:`gather_state` returned.
         regions: All that will be exchanged, whichever rank codes it.
-        layout: Sizes of the inner and the outer level now.
+        layout: The same now.
         rank: Global rank of this process.
         device: Where the memory is to lie.
 
@@ -97,7 +98,7 @@ def restore_state(
         )
     memory.step = int(state["step"])
     mean = _sum_up(state["ranks"]) if "ranks" in state else state["mean"]
-    for kind in ("residual", "momentum"):
+    for kind in _MEAN_KINDS:
         for name, total in mean[kind].items():
             _check(name, total, memory.numels)
     head = _head(memory, layout)
@@ -111,14 +112,9 @@ def restore_state(
             "error feedback is off, so what earlier steps have left out is lost: error_feedback=True keeps it",
             stacklevel=3,
         )
-    for name, total in mean["residual"].items():
-        memory.owe("residual", name, total)
-    for name, total in mean["momentum"].items():
-        memory.owe("momentum", name, total)
-    if memory.feedback is not None and memory.feedback.momentum is not None:
-        for name, momentum in mean["dense_momentum"].items():
-            _check(name, momentum, memory.numels)
-            memory.restore("dense", Region(name, 0, momentum.numel()), momentum=momentum.to(device))
+    for kind in _MEAN_KINDS:
+        for name, total in mean[kind].items():
+            memory.owe(kind, name, total)
     if state["compressor"] == memory.compressor.name:
         for key, own_state in mean["state"].items():
             memory.owed_states[_parse(key)] = _to(own_state, device)
@@ -138,13 +134,13 @@ def _restore_own(memory: Memory, state: State, device: torch.device) -> None:
 def _sum_up(states: Iterable[State]) -> State:
     """The mean form. The first rank's memory is the first to come."""
     mean: State = {"residual": {}, "momentum": {}, "dense_momentum": {}, "state": {}}
-    for index, state in enumerate(states):
+    for state in states:
         for kind in ("residual", "momentum"):
             for key, tensor in state[kind].items():
                 role, region = _parse(key)
                 if role != "dense":
                     _accumulate(mean[kind], region, tensor)
-                elif index == 0:  # alike on all ranks
+                elif region.parameter not in mean["dense_momentum"]:  # alike on all ranks that have it
                     mean["dense_momentum"][region.parameter] = tensor.clone()
         # Alike on all ranks that exchange a region, or (a threshold) a good start for any of them.
         for key, own_state in state["state"].items():

@@ -6,7 +6,7 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -177,7 +177,7 @@ class GradientCommunicator:
             return None
         # Not over a group of its own: a checkpoint may be written after close().
         group = dist.group.WORLD if self._mesh.world_size > 1 else None
-        return gather_state(memory, self._levels, group, per_rank=per_rank)
+        return gather_state(memory, self._layout, group, per_rank=per_rank)
 
     def load_state_dict(self, state: dict[str, Any]) -> bool:
         """Go on from a checkpoint, on every rank, before the first ``backward()``.
@@ -200,11 +200,48 @@ class GradientCommunicator:
         regions: set[Region] = set()
         for parameter in self._module.parameters():
             regions |= self._plan_messages([parameter], parameter.element_size()).regions
-        return restore_state(memory, state, regions, self._levels, self._mesh.rank, self._device)
+        return restore_state(memory, state, regions, self._layout, self._mesh.rank, self._device)
 
     @property
     def _levels(self) -> tuple[int, int]:
         return self._exchange.inner.size, self._exchange.outer.size
+
+    @property
+    def _layout(self) -> tuple[int, int, int]:
+        return (*self._levels, self._mesh.pipeline_parallel_size)
+
+    def average(self, parameters: Sequence[Tensor], bucket_bytes: int) -> None:
+        """Average gradients without DistributedDataParallel, after the backward pass. Collective.
+
+        Args:
+            parameters: With gradients, the same on all ranks that exchange them; there may be none. Their ``.grad``
+                become parts of buckets.
+            bucket_bytes: Size of these at most, unless one gradient is larger.
+
+        Raises:
+            RuntimeError: If the exchange has failed.
+        """
+        buckets: list[list[Tensor]] = [[]]
+        room = 0
+        for parameter in parameters:
+            if buckets[-1] and (parameter.nbytes > room or parameter.dtype != buckets[-1][0].dtype):
+                buckets.append([])
+            if not buckets[-1]:
+                room = bucket_bytes
+            buckets[-1].append(parameter)
+            room -= parameter.nbytes
+        waiting = []
+        for index, bucket in enumerate(buckets):
+            gradients = [parameter.grad for parameter in bucket if parameter.grad is not None]
+            assert len(gradients) == len(bucket)
+            flat = [torch.view_as_real(g) if g.is_complex() else g for g in gradients]
+            buffer = torch.cat([g.reshape(-1) for g in flat]) if flat else torch.empty(0, device=self._device)
+            waiting.append((bucket, buffer, self._enqueue(buffer, bucket, index == 0, index == len(buckets) - 1)))
+        for bucket, buffer, future in waiting:
+            future.wait()
+            for parameter, part in zip(bucket, buffer.split([_real_numel(p) for p in bucket]), strict=True):
+                whole = torch.view_as_complex(part.view(-1, 2)) if parameter.is_complex() else part
+                parameter.grad = whole.view(parameter.shape)
 
     def stats(self) -> dict[str, Any]:
         """The fields of :class:`CommunicationStats`: what this rank has done since the start."""
@@ -260,14 +297,16 @@ class GradientCommunicator:
             )
         if bucket.buffer().is_sparse:
             raise ValueError("sparse gradients cannot be exchanged: set sparse=False on the embedding")
+        return self._enqueue(bucket.buffer(), bucket.parameters(), bucket.index() == 0, bucket.is_last())
+
+    def _enqueue(self, buffer: Tensor, parameters: list[Tensor], first: bool, last: bool) -> Future[Tensor]:
         future: Future[Tensor] = Future(devices=[self._device]) if self._stream else Future()
         ready = torch.cuda.current_stream(self._device).record_event() if self._stream else None
-        first, last = bucket.index() == 0, bucket.is_last()
         if first and self._loss_scale is not None:
             self._scale = self._loss_scale()
         if last:
             self._last_bucket_came = time.perf_counter()
-        self._queue.put(_Bucket(bucket.buffer(), bucket.parameters(), first, last, future, ready, self._scale))
+        self._queue.put(_Bucket(buffer, parameters, first, last, future, ready, self._scale))
         return future
 
     def _run(self) -> None:
@@ -392,6 +431,10 @@ class GradientCommunicator:
                 waiting.future.set_exception(self.error)  # type: ignore[arg-type]  # torch's own annotation is wrong
         self._in_flight.clear()
         self._open.clear()
+
+
+def _real_numel(parameter: Tensor) -> int:
+    return parameter.numel() * (2 if parameter.is_complex() else 1)
 
 
 @dataclass(eq=False)

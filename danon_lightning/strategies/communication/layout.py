@@ -36,7 +36,7 @@ def uses_two_levels(mesh: Mesh, hierarchical: bool | Literal["auto"]) -> bool:
     Raises:
         ValueError: If ``hierarchical`` is none of the three, or is True on a mesh that has only one level.
     """
-    possible = mesh.num_nodes > 1 and mesh.ranks_per_node > 1
+    possible = 1 < mesh.replicas_per_node < mesh.data_parallel_size
     check_hierarchical(hierarchical)
     if hierarchical is True and not possible:
         raise ValueError(
@@ -135,15 +135,14 @@ def build_levels(
         remote = [mesh.node_of(rank) != mesh.node for rank in ranks]
         return GroupLevel(ranks, ranks.index(mesh.rank), remote, group, device, stats)
 
-    everybody = list(range(mesh.world_size))
-    alone = [[rank] for rank in everybody]
+    alike = mesh.groups_of_replicas()
+    alone = [[rank] for rank in range(mesh.world_size)]
     if two_levels:
-        inner = level([mesh.ranks_of_node(node) for node in range(mesh.num_nodes)])
-        outer = level([mesh.ranks_across_nodes(local) for local in range(mesh.ranks_per_node)])
+        inner, outer = level(mesh.groups_inside_nodes()), level(mesh.groups_across_nodes())
     elif mesh.num_nodes == 1 and not compressed:
-        inner, outer = level([everybody]), level(alone)
+        inner, outer = level(alike), level(alone)
     else:
-        return level(alone), level([everybody])
+        return level(alone), level(alike)
     if device.type == "cuda" or inner.group is None:
         return inner, outer
     shared = shared_memory.connect(

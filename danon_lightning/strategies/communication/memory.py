@@ -14,7 +14,8 @@ from danon_lightning.strategies.communication.compressors import Compressor, Lin
 from danon_lightning.strategies.communication.compressors.base import Context, Region
 from danon_lightning.strategies.communication.error_feedback import ErrorFeedback
 
-Role = Literal["worker", "server"]
+Role = Literal["worker", "server", "dense"]
+Owed = Literal["residual", "momentum", "dense_momentum"]
 
 
 class MomentumSource(Protocol):
@@ -86,7 +87,7 @@ class Memory:
         self._exchanges_momentum = False
         self._slots: dict[tuple[str, Region], _Slot] = {}
         # Mean residuals and momenta from a checkpoint, by parameter, until the regions that they belong to turn up.
-        self._owed: dict[str, dict[str, Tensor]] = {"residual": {}, "momentum": {}}
+        self._owed: dict[Owed, dict[str, Tensor]] = {"residual": {}, "momentum": {}, "dense_momentum": {}}
         self.owed_states: dict[tuple[str, Region], dict[str, Tensor | float]] = {}
         self.pending: dict[str, Any] | None = None  # all of it, until a step has been completed
 
@@ -186,7 +187,7 @@ class Memory:
         if self._exchanges_momentum:
             self._blend(region, wide, 1.0)
         elif gathers:
-            self._gather_momentum(region, wide, self._touch("dense", region))
+            self._gather_momentum("dense", region, wide, self._touch("dense", region))
         values.copy_(wide.mul_(loss_scale))
 
     def commit(self) -> None:
@@ -237,7 +238,7 @@ class Memory:
         slot.momentum = momentum if momentum is not None else slot.momentum
         slot.state = state if state is not None else slot.state
 
-    def owe(self, kind: Literal["residual", "momentum"], parameter: str, total: Tensor) -> None:
+    def owe(self, kind: Owed, parameter: str, total: Tensor) -> None:
         """Take a share of a whole parameter's residual or momentum, whoever turns out to own which region of it."""
         self._owed[kind][parameter] = total
 
@@ -249,7 +250,7 @@ class Memory:
         slot = self._slots.setdefault((role, region), _Slot())
         self._residuals(role, region, slot, values.device)
         if role == "worker" and self.feedback.momentum is not None:
-            self._momentum(region, slot, values.device)
+            self._momentum(role, region, slot, values.device)
         return True
 
     def _touch(self, role: str, region: Region) -> _Slot:
@@ -273,7 +274,7 @@ class Memory:
         if self._exchanges_momentum:
             self._blend(region, values, 1 / self.groups)
         elif self.feedback is not None and self.feedback.momentum is not None:
-            self._gather_momentum(region, values, slot)
+            self._gather_momentum("worker", region, values, slot)
 
     def _blend(self, region: Region, values: Tensor, share: float) -> None:
         assert self._momentum_source is not None
@@ -285,15 +286,15 @@ class Memory:
             limit = self.feedback.clip_norm * math.sqrt(part / groups)
             values.mul_((limit / values.norm().clamp_min(1e-30)).clamp_max(1.0))
 
-    def _gather_momentum(self, region: Region, values: Tensor, slot: _Slot) -> None:
+    def _gather_momentum(self, role: Role, region: Region, values: Tensor, slot: _Slot) -> None:
         assert self.feedback is not None and self.feedback.momentum is not None
-        momentum, new_momentum = self._momentum(region, slot, values.device)
+        momentum, new_momentum = self._momentum(role, region, slot, values.device)
         torch.mul(momentum, self.feedback.momentum, out=new_momentum)
         values.copy_(new_momentum.add_(values))
 
-    def _momentum(self, region: Region, slot: _Slot, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _momentum(self, role: Role, region: Region, slot: _Slot, device: torch.device) -> tuple[Tensor, Tensor]:
         if slot.momentum is None:
-            slot.momentum = self._share_of("momentum", region, device)
+            slot.momentum = self._share_of("dense_momentum" if role == "dense" else "momentum", region, device)
         if slot.new_momentum is None:
             slot.new_momentum = torch.empty_like(slot.momentum)
         return slot.momentum, slot.new_momentum
@@ -310,11 +311,12 @@ class Memory:
             slot.new_residual = torch.empty_like(slot.residual)
         return slot.residual, slot.new_residual
 
-    def _share_of(self, kind: str, region: Region, device: torch.device) -> Tensor:
+    def _share_of(self, kind: Owed, region: Region, device: torch.device) -> Tensor:
         total = self._owed[kind].get(region.parameter)
         if total is None:
             return torch.zeros(region.numel, device=device)
-        return (total[region.start : region.stop] / self.groups).to(device)
+        shares = 1 if kind == "dense_momentum" else self.groups  # what travels dense is alike on all ranks
+        return (total[region.start : region.stop] / shares).to(device)
 
 
 class LinearRounds:

@@ -90,12 +90,12 @@ class Pipeline:
 
     def counted_here(self) -> set[int]:
         """The ``id`` of each parameter that this rank is to count, where all ranks together count each once."""
-        elsewhere = {id(parameter) for _, parameter, ranks in self._shared if ranks[0] != self._rank}
+        elsewhere = {id(parameter) for parameter, ranks in self._shared if ranks[0] != self._rank}
         held = [self._staged.parameter(name) for name in self._staged.owners]
         return {id(parameter) for parameter in held if parameter is not None} - elsewhere
 
     def train(self, micro_batches: Sequence[MicroBatch], weights: Sequence[float], scale: float = 1.0) -> list[Any]:
-        """Run forward and backward passes. Gradients are added to ``.grad``; :meth:`sum_shared_gradients` is left.
+        """Run forward and backward passes. Gradients are added to ``.grad``; :meth:`gather_shared_gradients` is left.
 
         Args:
             micro_batches: The parts of the batch.
@@ -174,33 +174,48 @@ class Pipeline:
             work.wait()
         return results
 
-    def sum_shared_gradients(self) -> None:
-        """Add up the gradients of what stages on several ranks hold (tied embeddings): the same bits on each."""
-        for name, parameter, holders in self._shared:
+    def gather_shared_gradients(self) -> None:
+        """Add up the gradients of what stages on several ranks hold (tied embeddings), on the first of these ranks."""
+        for parameter, (first, *others) in self._shared:
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            others = {rank: torch.empty_like(gradient) for rank in holders if rank != self._rank}
-            works = []
-            for rank, buffer in others.items():
-                works.append(dist.isend(gradient, group=self._group, group_dst=rank))
-                works.append(dist.irecv(buffer, group=self._group, group_src=rank))
-            for work in works:
-                assert work is not None, name
-                work.wait()
-            first, *rest = [others.get(rank, gradient) for rank in holders]
-            total = first.clone()
-            for one in rest:
-                total += one
+            if self._rank != first:
+                dist.send(gradient.contiguous(), group=self._group, group_dst=first)
+                continue
+            total = gradient.clone(memory_format=torch.contiguous_format)
+            for other in others:
+                theirs = torch.empty_like(total)
+                dist.recv(theirs, group=self._group, group_src=other)
+                total += theirs
             parameter.grad = total
 
+    def spread_shared_gradients(self) -> None:
+        """Give the others what the first rank has made of them: the same bits on each."""
+        for parameter, (first, *others) in self._shared:
+            if self._rank == first:
+                gradient = parameter.grad
+                has_one = torch.tensor(gradient is not None, device=self._device)
+                for other in others:
+                    dist.send(has_one, group=self._group, group_dst=other)
+                    if gradient is not None:
+                        dist.send(gradient.contiguous(), group=self._group, group_dst=other)
+                continue
+            has_one = torch.tensor(False, device=self._device)
+            dist.recv(has_one, group=self._group, group_src=first)
+            parameter.grad = None
+            if has_one:
+                theirs = torch.empty_like(parameter, memory_format=torch.contiguous_format).detach()
+                dist.recv(theirs, group=self._group, group_src=first)
+                parameter.grad = theirs
+
     @property
-    def _shared(self) -> list[tuple[str, nn.Parameter, list[int]]]:
-        """Name, parameter and ranks, of those that this rank holds too."""
+    def _shared(self) -> list[tuple[nn.Parameter, list[int]]]:
+        """Parameters and the ranks that hold them, of those that this rank holds and others too."""
         found = []
         for name, stages in shared(self._staged.owners).items():
             ranks = sorted({self._schedule.rank_of(stage) for stage in stages})
             parameter = self._staged.parameter(name) if self._rank in ranks and len(ranks) > 1 else None
             if parameter is not None and parameter.requires_grad:
-                found.append((name, parameter, ranks))
+                found.append((parameter, ranks))
         return found
 
     def run_stage(self, stage: int, index: int, received: Sequence[Tensor]) -> Any:

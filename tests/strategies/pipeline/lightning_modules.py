@@ -120,6 +120,14 @@ def losses_of(trainer):
     return next(callback.losses for callback in trainer.callbacks if isinstance(callback, Record))
 
 
+class Wide(Tied):
+    """With matrices that are large enough to be compressed."""
+
+    @staticmethod
+    def layer():
+        return nn.Sequential(nn.Linear(WIDTH, 300), nn.GELU(), nn.Linear(300, WIDTH))
+
+
 class Deferred(Tied):
     """Makes its layers when it is told to, with dropout in them and a buffer beside them."""
 

@@ -76,7 +76,8 @@ class Job:
         """Train on a batch, and compare the loss and the gradients of this rank with what they should be."""
         weights = self.weights(number)
         results = self.pipeline.train(self.micro_batches(number), weights, scale)
-        self.pipeline.sum_shared_gradients()
+        self.pipeline.gather_shared_gradients()
+        self.pipeline.spread_shared_gradients()
         assert len(results) == (len(weights) if self.pipeline.has_last else 0)
         if results:
             assert not any(loss_of(result).requires_grad for result in results)

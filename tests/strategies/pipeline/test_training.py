@@ -19,7 +19,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))  # each rank imports this file anew, and its neighbours with it
-from lightning_modules import Tied, loader, losses_of, make_trainer
+from lightning_modules import Tied, Wide, loader, losses_of, make_trainer
 
 from danon_lightning.strategies import DanonHybridStrategy
 from danon_lightning.testing import RankFailedError, run_distributed
@@ -295,7 +295,6 @@ def test_what_cannot_work_is_refused_on_every_rank(case, message):
         ),
         ({"pipeline_parallel_size": 2, "num_microbatches": 0}, "num_microbatches=0 must be at least 1, or 'auto'"),
         ({"pipeline_parallel_size": 2, "schedule": "fifo"}, "schedule='fifo' must be one of gpipe"),
-        ({"pipeline_parallel_size": 2, "compression": "int8"}, "compression='int8' cannot be used with pipeline"),
     ],
 )
 def test_bad_arguments_are_refused(options, message):
@@ -310,3 +309,32 @@ def try_three_ranks():
 def test_ranks_must_divide_into_replicas():
     with pytest.raises(RankFailedError, match="pipeline_parallel_size=2 must divide the number of ranks, 3"):
         run_distributed(try_three_ranks, 3, timeout=60)
+
+
+# ---- compressed gradients between replicas
+
+
+def train_compressed(folder):
+    results = {}
+    for name in ("int8", "topk", "powersgd"):
+        strategy = pipelined(2, micro_batches=2, compression=name, residual_checkpoint="per_rank")
+        results[name] = run(f"{folder}/{name}.ckpt", strategy, 4, max_epochs=4, precision=32, module=Wide)
+        strategy = pipelined(2, micro_batches=2, compression=name, residual_checkpoint="per_rank")
+        run(f"{folder}/{name} half.ckpt", strategy, 4, max_epochs=2, precision=32, module=Wide)
+        strategy = pipelined(2, micro_batches=2, compression=name, residual_checkpoint="per_rank")
+        half = f"{folder}/{name} half.ckpt"
+        run(f"{folder}/{name} resumed.ckpt", strategy, 4, half, max_epochs=4, precision=32, module=Wide)
+        results[name]["stats"] = strategy.communication_stats()
+    return results
+
+
+def test_replicas_of_a_pipeline_exchange_compressed_gradients_and_resume_to_the_bit(tmp_path):
+    ranks = run_distributed(train_compressed, 4, str(tmp_path), timeout=200)
+    plain = run(tmp_path / "plain.ckpt", max_epochs=4, precision=32, module=Wide)
+    for name in ("int8", "topk", "powersgd"):
+        assert all(rank[name]["stats"]["compression_ratio"] > 2 for rank in ranks), name
+        start, end = (sum(losses) / 3 for losses in (plain["losses"][:3], ranks[0][name]["losses"][-3:]))
+        assert end < 0.9 * start, name
+        assert differences(tmp_path / f"{name}.ckpt", tmp_path / f"{name} resumed.ckpt") == (0.0, 0.0), name
+        memory = torch.load(tmp_path / f"{name}.ckpt", weights_only=True)["danon_gradient_memory"]
+        assert len(memory["ranks"]) == 4
