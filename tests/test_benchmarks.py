@@ -32,3 +32,10 @@ def test_the_cost_in_quality_is_printed_and_written(tmp_path):
     assert set(results) == {"dense", "int8", "sgd dense", "sgd topk 1 %, warm-up, momentum correction"}
     assert results["dense"]["ratio"] == results["sgd dense"]["ratio"] == 1
     assert all(0.5 < row["ratio"] < 2 for row in results.values())
+
+
+def test_the_cost_of_pipelines_is_printed_and_drawn(tmp_path):
+    file = tmp_path / "timeline.png"
+    output = run("pipeline.py", "--only", "1f1b", "--steps", "5", "--micro-batches", "2", "--plot", str(file))
+    assert "1f1b" in output
+    assert file.read_bytes().startswith(b"\x89PNG")

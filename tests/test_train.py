@@ -100,9 +100,11 @@ WITHOUT_CLIPPING = "trainer.gradient_clip_val=null"
         ("hybrid_powersgd", []),
         ("hybrid_sign", ["model.optimizer.name=onebit_adam", "model.optimizer.freeze_step=3", WITHOUT_CLIPPING]),
         ("hybrid_dgc", ["model.optimizer.name=sgd", "model.optimizer.momentum=0", WITHOUT_CLIPPING]),
+        ("pipeline", []),
+        ("pipeline", ["strategy.schedule=interleaved_1f1b", "model.config.num_layers=4"]),
     ],
 )
-def test_presets_of_compression_train(tmp_path, cache, strategy, overrides):
+def test_presets_train(tmp_path, cache, strategy, overrides):
     quiet = ["logger=csv", "callbacks=quiet", f"data.cache_dir={cache}"]
     done = danon_train(tmp_path, "experiment=smoke", f"strategy={strategy}", *overrides, *quiet)
     assert done.returncode == 0, done.stderr

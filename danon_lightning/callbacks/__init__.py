@@ -1,6 +1,7 @@
 """Callbacks: they watch and report. They serve any LightningModule under any strategy."""
 
+from danon_lightning.callbacks.pipeline_timeline import PipelineTimeline, draw_timeline
 from danon_lightning.callbacks.run_summary import RunSummary
 from danon_lightning.callbacks.text_sampler import TextSampler
 
-__all__ = ["RunSummary", "TextSampler"]
+__all__ = ["PipelineTimeline", "RunSummary", "TextSampler", "draw_timeline"]

@@ -73,6 +73,8 @@ class DanonHybridStrategy(DDPStrategy):
             "model.layers"; None to find it.
         stage_cut: "auto" for stages with about as many parameters each; or the first layer of each stage but the first:
             ``[3, 7]`` for three stages with layers 0 to 2, 3 to 6, and 7 onwards.
+        activation_checkpointing: True to keep only what enters each layer, and run it once more in the backward pass;
+            "offload" to keep that in the memory of the host. Not with zero-bubble schedules.
         accelerator: As for every strategy of Lightning; this and the following are usually left to the Trainer.
         parallel_devices: Devices of this node.
         cluster_environment: How ranks find one another.
@@ -114,6 +116,7 @@ class DanonHybridStrategy(DDPStrategy):
         stages_per_rank: int | None = None,
         pipeline_layers: str | None = None,
         stage_cut: Literal["auto"] | Sequence[int] = "auto",
+        activation_checkpointing: bool | Literal["offload"] = False,
         accelerator: pl.accelerators.Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -152,6 +155,7 @@ class DanonHybridStrategy(DDPStrategy):
         self._pipeline_parallel_size = pipeline_parallel_size
         self._schedule = resolve_schedule(schedule, pipeline_parallel_size, stages_per_rank)
         self._pipeline_layers, self._stage_cut = pipeline_layers, stage_cut
+        self._activation_checkpointing = activation_checkpointing
         self._num_microbatches = 4 * self._schedule.stages if num_microbatches == "auto" else num_microbatches
         self._check_pipeline()
 
@@ -159,9 +163,18 @@ class DanonHybridStrategy(DDPStrategy):
         size = self._pipeline_parallel_size
         if self._num_microbatches < 1:
             raise ValueError(f"num_microbatches={self._num_microbatches} must be at least 1, or 'auto'")
-        if size == 1 and (self._pipeline_layers is not None or self._stage_cut != "auto"):
+        checkpoints = self._activation_checkpointing
+        if checkpoints not in (True, False, "offload"):
+            raise ValueError(f"activation_checkpointing={checkpoints!r} must be True, False or 'offload'")
+        if size == 1 and (self._pipeline_layers is not None or self._stage_cut != "auto" or checkpoints):
             raise ValueError(
-                "pipeline_layers and stage_cut are for pipeline stages: set pipeline_parallel_size to 2 or more"
+                "pipeline_layers, stage_cut and activation_checkpointing are for pipeline stages: set "
+                "pipeline_parallel_size to 2 or more"
+            )
+        if checkpoints and self._schedule.splits_backward:
+            raise ValueError(
+                f"activation_checkpointing={checkpoints!r} cannot be used with schedule={self._schedule.name!r}, which "
+                "runs the backward pass of a layer in two parts: take '1f1b' or 'interleaved_1f1b'"
             )
         if self._stage_cut != "auto":
             cut, stages = list(self._stage_cut), self._schedule.stages
@@ -206,7 +219,7 @@ class DanonHybridStrategy(DDPStrategy):
         if mesh.pipeline_parallel_size > 1:
             stages = f"{mesh.pipeline_parallel_size} ranks × {self._schedule.stages_per_rank} stages"
             facts["pipeline"] = f"{stages}, {self._num_microbatches} micro-batches in {self._schedule.name} order"
-        elif mesh.world_size > 1:
+        if mesh.data_parallel_size > 1:
             sent = "dense" if self._compressor is None else self._compressor.name
             two_levels = uses_two_levels(mesh, self._hierarchical)
             facts["gradients"] = f"dense inside a node, {sent} between nodes" if two_levels else f"{sent}, all to all"
@@ -226,7 +239,7 @@ class DanonHybridStrategy(DDPStrategy):
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
         """Give what ``configure_model`` makes the same weights on every layout of the ranks."""
-        with reproducible(self._shared_seed()):
+        with reproducible(self._shared_seed(), self.root_device):
             yield
 
     def _shared_seed(self) -> int:

@@ -1,14 +1,18 @@
 """The strategy with pipeline parallelism: replicas of the model that several ranks share."""
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from fairscale.nn.checkpoint import checkpoint_wrapper
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
@@ -18,8 +22,9 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from danon_lightning.strategies.hybrid import DanonHybridStrategy
+from danon_lightning.strategies.pipeline.absent import Absent
 from danon_lightning.strategies.pipeline.agreement import broadcast_plain
-from danon_lightning.strategies.pipeline.balance import balanced_cuts, cut_table, parameter_costs
+from danon_lightning.strategies.pipeline.balance import balanced_cuts, cut_table, parameter_costs, suggested_cuts
 from danon_lightning.strategies.pipeline.batches import check_alike, join_results, split_batch, weighted_mean
 from danon_lightning.strategies.pipeline.blocks import Blocks, find_blocks
 from danon_lightning.strategies.pipeline.checkpoint import gather_plain, load_own
@@ -32,7 +37,12 @@ from danon_lightning.strategies.pipeline.passage import MicroBatch
 from danon_lightning.strategies.pipeline.pipeline import Pipeline, loss_of
 from danon_lightning.strategies.pipeline.recording import Cuts, Recording
 from danon_lightning.strategies.pipeline.stage import StagedModule
+from danon_lightning.strategies.pipeline.timeline import Pass, Stopwatch, gather_passes
 from danon_lightning.strategies.pipeline.torch_internals import overflow_flags
+
+# The first steps are slower than all others.
+_MEASURED_STEP = 5
+_GROUPS: dict[Any, dist.ProcessGroup | None] = {}
 
 
 class PipelinedStrategy(DanonHybridStrategy):
@@ -44,6 +54,9 @@ class PipelinedStrategy(DanonHybridStrategy):
     _metrics: SharedMetrics
     _logged: Logged | None = None
     _made_in_part: Collection[str] = ()
+    _measures = False
+    _steps = _evaluations = 0
+    _measured: Sequence[Pass] = ()
 
     @override
     @contextmanager
@@ -54,9 +67,12 @@ class PipelinedStrategy(DanonHybridStrategy):
         """
         module = self.lightning_module
         assert module is not None
+        if self._staged is not None and self._staged.root is module:
+            yield  # an earlier call of the Trainer has made it
+            return
 
         def make() -> None:
-            with reproducible(seed), self.precision_plugin.module_init_context():
+            with reproducible(seed, self.root_device), self.precision_plugin.module_init_context():
                 module.configure_model()
 
         def own_parameters() -> list[str]:
@@ -80,17 +96,24 @@ class PipelinedStrategy(DanonHybridStrategy):
         if self._staged is None or self._staged.root is not module:
             self.precision_plugin.convert_module(module)
             for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+                if isinstance(tensor, Absent):
+                    raise ValueError(
+                        f"{name} of {type(module).__name__} is on another rank: the module has been trained with "
+                        "pipeline stages by another Trainer. Use that one, or load a checkpoint into a new module"
+                    )
                 if name not in self._made_in_part:
                     tensor.data = tensor.data.to(self.root_device)
                     dist.broadcast(tensor.data, 0)
             self._cut(module)
+        self.model_to_device()  # metrics too; and the end of an earlier call has moved everything to the host
         self.precision_plugin.clip_grad_by_norm = self._clip_by_norm  # type: ignore[method-assign]
         scaler = self._scaler()
-        if scaler is not None and "unscale_" not in vars(scaler):
+        if scaler is not None:
             scaler.unscale_ = self._agreeing_on_overflow(scaler)  # type: ignore[assignment, method-assign]
         if trainer.state.fn == TrainerFn.FITTING:
             self._communicator = self._make_communicator(module) if self.mesh.data_parallel_size > 1 else None
             self.setup_optimizers(trainer)
+            self._refuse_optimizers()
         self.setup_precision_plugin()
 
     def _refuse_what_cannot_work(self, trainer: pl.Trainer) -> None:
@@ -102,11 +125,32 @@ class PipelinedStrategy(DanonHybridStrategy):
                 f"{type(self.lightning_module).__name__} sets automatic_optimization=False: its training_step would "
                 "call backward() on ranks that have no loss"
             )
+        if self._layer_sync is not None or any(
+            isinstance(part, nn.SyncBatchNorm) for part in self.lightning_module.modules()
+        ):
+            raise MisconfigurationException(
+                "SyncBatchNorm (sync_batchnorm=True) talks to all ranks, but those of a pipeline run different layers: "
+                "use BatchNorm, which sees the micro-batches of one replica, or another norm"
+            )
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)):
                 raise MisconfigurationException(
                     f"{type(callback).__name__} copies the whole module, of which a rank of a pipeline holds a part "
                     f"only: remove it, or train with pipeline_parallel_size=1"
+                )
+
+    def _refuse_optimizers(self) -> None:
+        for optimizer in self.optimizers:
+            name = type(optimizer).__name__
+            if isinstance(optimizer, torch.optim.LBFGS):
+                raise MisconfigurationException(
+                    f"{name} decides by its own parameters how often it runs a step, but a rank of a pipeline has some "
+                    "of them only: take another optimizer"
+                )
+            if self._scaler() is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+                raise MisconfigurationException(
+                    f"a fused {name} looks for overflows by itself, on each rank alone: set fused=False, or take "
+                    "precision='bf16-mixed'"
                 )
 
     def _find_cuts(self, module: pl.LightningModule) -> tuple[Blocks, Cuts]:
@@ -137,12 +181,24 @@ class PipelinedStrategy(DanonHybridStrategy):
         alike = [mesh.ranks_across_replicas(rank) for rank in range(mesh.pipeline_parallel_size)]
         self._replica_group = _own_group(alike, mesh.rank, self._timeout)
         self._pipeline = Pipeline(self._staged, schedule, self._pipeline_group, self.root_device)
+        if self._activation_checkpointing:
+            for stage in self._pipeline.stages:
+                for index in cuts.blocks_of(stage):
+                    checkpoint_wrapper(blocks.modules[index], self._activation_checkpointing == "offload")
         last = schedule.rank_of(schedule.stages - 1)
         self._metrics = SharedMetrics(module, last, self._pipeline_group, self._replica_group, self.root_device)
         self._last = last
         self._seed = self._shared_seed()
         self._held_back: list[Tensor | None] | None = None
         self._synchronizes = True
+
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        """Have the workers of all ranks of a pipeline draw alike."""
+        if os.environ.get("PL_SEED_WORKERS") == "1" and getattr(dataloader, "worker_init_fn", self) is None:
+            rank = self.mesh.data_parallel_rank
+            dataloader.worker_init_fn = partial(pl_worker_init_function, rank=rank)  # type: ignore[attr-defined]
+        return dataloader
 
     # ---- steps
 
@@ -161,7 +217,15 @@ class PipelinedStrategy(DanonHybridStrategy):
         for parameter in parameters:
             parameter.grad = None
         with self._logging() as logged:
-            results = self._pipeline.train(micro_batches, weights, self._loss_scale() / accumulated)
+            stopwatch = Stopwatch(self.root_device) if self._measures else None
+            results = self._pipeline.train(micro_batches, weights, self._loss_scale() / accumulated, stopwatch)
+        if stopwatch is not None:
+            self._measured, self._measures = stopwatch.passes(), False
+        self._steps += 1
+        if self._steps == _MEASURED_STEP - 1:
+            self.measure_pipeline()
+        elif self._steps == _MEASURED_STEP:
+            self._suggest_cuts()
         self._held_back = [parameter.grad for parameter in parameters]
         for parameter, gradient in zip(parameters, before, strict=True):
             parameter.grad = gradient
@@ -171,6 +235,29 @@ class PipelinedStrategy(DanonHybridStrategy):
         if results and isinstance(results[0], Mapping):
             return {**join_results(results, sizes), "loss": loss}
         return loss
+
+    def _suggest_cuts(self) -> None:
+        """Say so if the stages have unevenly much to do."""
+        assert self._staged is not None
+        ranks, cuts = self.pipeline_timeline(), self._staged.cuts
+        seconds = [0.0] * cuts.stages
+        for one in (one for passes in ranks for one in passes):
+            seconds[one.stage] += one.end - one.start
+        better = suggested_cuts(parameter_costs(self._staged.root, self._blocks), cuts, seconds)
+        if better is not None:
+            shares = ", ".join(f"{took / sum(seconds):.0%}" for took in seconds)
+            rank_zero_warn(
+                f"the stages of the pipeline have unevenly much to do ({shares} of the time): "
+                f"stage_cut={list(better.bounds[1:-1])} should be faster"
+            )
+
+    def measure_pipeline(self) -> None:
+        """Take the time of all passes in the next training step."""
+        self._measures = True
+
+    def pipeline_timeline(self) -> list[list[Pass]]:
+        """What each rank of this pipeline has done in the step that was measured last. Collective."""
+        return gather_passes(self._measured, self._pipeline_group, self.root_device)
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -191,7 +278,7 @@ class PipelinedStrategy(DanonHybridStrategy):
     def _evaluate(self, hook: str, args: tuple[Any, ...], context: Callable[[], AbstractContextManager[Any]]) -> Any:
         micro_batches, sizes = self._micro_batches(hook, args, context)
         with self._logging() as logged:
-            results = self._pipeline.evaluate(micro_batches)
+            results = self._pipeline.evaluate(micro_batches, [size / sum(sizes) for size in sizes])
         if hook != "predict_step":
             self._agree({}, logged, sizes)
         return join_results(results, sizes) if results else None
@@ -205,8 +292,9 @@ class PipelinedStrategy(DanonHybridStrategy):
         batch, *rest = args
         check_alike(batch, self._pipeline_group, self.root_device)
         parts, sizes = split_batch(batch, self._num_microbatches)
-        trainer = module.trainer
-        number = (self._seed, mesh.data_parallel_rank, hook, trainer.current_epoch, trainer.global_step, *rest)
+        self._evaluations += hook != "training_step"
+        counted = module.trainer.fit_loop.epoch_loop.total_batch_idx if hook == "training_step" else self._evaluations
+        number = (self._seed, mesh.data_parallel_rank, hook, counted)
         seed = int.from_bytes(hashlib.blake2b(repr(number).encode(), digest_size=7).digest(), "little")
 
         def step_on(index: int, part: Any) -> Callable[[], Any]:
@@ -221,7 +309,9 @@ class PipelinedStrategy(DanonHybridStrategy):
         micro_batches = []
         for index, part in enumerate(parts):
             step = step_on(index, part)
-            key = hook, tuple(rest[1:]), batch_signature(module, part)
+            # Losses may be added from some epoch on.
+            epoch = module.current_epoch if hook == "training_step" else 0
+            key = hook, tuple(rest[1:]), epoch, batch_signature(module, part)
             if key not in self._recordings:
                 self._recordings[key] = dry_run(module, self._blocks, step)
             micro_batches.append(MicroBatch(step, index, seed, self._recordings[key]))
@@ -244,6 +334,11 @@ class PipelinedStrategy(DanonHybridStrategy):
         agreed = broadcast_plain(found, self._last, self._pipeline_group, self.root_device)
         replay(self.lightning_module, agreed["logged"])
         return dict(agreed)
+
+    @override
+    def on_train_start(self) -> None:
+        """Begin anew."""
+        self._recordings = {key: one for key, one in self._recordings.items() if key[0] != "training_step"}
 
     def _settle(self) -> None:
         """Now that a training step is known: keep only what the stages of this rank use."""
@@ -309,7 +404,8 @@ class PipelinedStrategy(DanonHybridStrategy):
         """Clip by the norm of all gradients, wherever they are."""
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         counted = self._pipeline.counted_here()
-        norms = torch._foreach_norm([p.grad for p in parameters if id(p) in counted]) if parameters else ()
+        gradients = [parameter.grad for parameter in parameters if id(parameter) in counted]
+        norms = torch._foreach_norm(gradients) if gradients else ()
         square = torch.zeros((), dtype=torch.float64, device=self.root_device)
         for norm in norms:
             square += norm.double().square()
@@ -319,7 +415,7 @@ class PipelinedStrategy(DanonHybridStrategy):
 
     def _agreeing_on_overflow(self, scaler: torch.amp.GradScaler) -> Callable[[Optimizer], None]:
         """Have a scaler skip a step on all ranks where a gradient has overflown on any."""
-        unscale = scaler.unscale_
+        unscale = type(scaler).unscale_.__get__(scaler)
 
         def unscale_(optimizer: Optimizer) -> None:
             unscale(optimizer)
@@ -350,6 +446,15 @@ class PipelinedStrategy(DanonHybridStrategy):
         return super().reduce(tensor, group or self._replica_group, reduce_op)
 
     @override
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        """Gather over the replicas."""
+        if group not in (None, dist.group.WORLD):
+            return super().all_gather(tensor, group, sync_grads)
+        if self._replica_group is None:
+            return tensor.unsqueeze(0)
+        return super().all_gather(tensor, self._replica_group, sync_grads)
+
+    @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         """Decide over all ranks."""
         votes = torch.tensor(int(decision), device=self.root_device)
@@ -368,24 +473,39 @@ class PipelinedStrategy(DanonHybridStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The whole state on rank 0, as a plain Trainer would save it; nothing elsewhere. Collective."""
         assert self.lightning_module is not None
-        return self._gather(self.lightning_module.state_dict())
+        state = self.lightning_module.state_dict()
+        return self._gather({name: value for name, value in state.items() if self._keeps(name)}, state)
+
+    def _keeps(self, name: str) -> bool:
+        """Whether what is saved under a name is what this rank has: buffers change where they are used."""
+        assert self._staged is not None
+        stage = self._staged.keeper(name)
+        if stage is not None:
+            return self._schedule.rank_of(stage) == self.mesh.pipeline_rank
+        of_metric = any(name.startswith(f"{path}.") for path in self._metrics.paths.values())
+        return self.mesh.pipeline_rank == (self._last if of_metric else 0)
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The whole state on rank 0, as a plain Trainer would save it. Collective."""
         state: dict[str, Any] = super().optimizer_state(optimizer)
-        gathered = self._gather(state["state"])
-        return {"state": dict(sorted(gathered.items())), "param_groups": state["param_groups"]}
+        every = range(sum(len(group["params"]) for group in state["param_groups"]))
+        return {"state": self._gather(state["state"], every), "param_groups": state["param_groups"]}
 
-    def _gather(self, own: dict[Any, Any]) -> dict[Any, Any]:
+    def _gather(self, own: dict[Any, Any], order: Iterable[Any]) -> dict[Any, Any]:
+        assert self.lightning_module is not None
+        if self._has_failed or self.lightning_module.trainer.interrupted:
+            raise RuntimeError("no checkpoint is written after an error: other ranks cannot be asked for their layers")
         if self.mesh.data_parallel_rank:
             return {}
-        return gather_plain(own, self._pipeline_group, self.root_device)
+        return gather_plain(own, order, self._pipeline_group, self.root_device)
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint."""
-        checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only)
+        # Lightning forgets to say when it loads after set-up.
+        safe = True if weights_only is None else weights_only
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only=safe)
         self._restore_memory()
         return checkpoint
 
@@ -410,14 +530,20 @@ class PipelinedStrategy(DanonHybridStrategy):
     def teardown(self) -> None:
         """Release the devices. The module stays cut: it can be validated and tested, and saved."""
         vars(self.precision_plugin).pop("clip_grad_by_norm", None)
+        vars(self._scaler()).pop("unscale_", None) if self._scaler() is not None else None
         super().teardown()
 
 
 def _own_group(groups: list[list[int]], rank: int, timeout: Any) -> dist.ProcessGroup | None:
-    """Create groups, on all ranks alike, and return the one of this rank; None if it is alone in it."""
+    """Create groups, on all ranks alike, and return the one of this rank; None if it is alone in it.
+
+    They are used again by later Trainers: a process may see many (cross-validation), and groups take device memory.
+    """
     mine = None
     for ranks in groups:
-        group = dist.new_group(ranks, timeout=timeout) if len(ranks) > 1 else None
+        key = dist.group.WORLD, tuple(ranks), timeout
+        if key not in _GROUPS:
+            _GROUPS[key] = dist.new_group(ranks, timeout=timeout) if len(ranks) > 1 else None
         if rank in ranks:
-            mine = group
+            mine = _GROUPS[key]
     return mine

@@ -236,6 +236,8 @@ class GradientCommunicator:
             assert len(gradients) == len(bucket)
             flat = [torch.view_as_real(g) if g.is_complex() else g for g in gradients]
             buffer = torch.cat([g.reshape(-1) for g in flat]) if flat else torch.empty(0, device=self._device)
+            for parameter in bucket:
+                parameter.grad = None  # or there would be two of each
             waiting.append((bucket, buffer, self._enqueue(buffer, bucket, index == 0, index == len(buckets) - 1)))
         for bucket, buffer, future in waiting:
             future.wait()
@@ -291,15 +293,15 @@ class GradientCommunicator:
         torch.set_num_threads(threads)  # the thread has set it for the process too
 
     def _submit(self, bucket: GradBucket) -> Future[Tensor]:
-        if self._closed:
-            raise RuntimeError(
-                "the gradient communicator is closed: make another one, on a new DistributedDataParallel"
-            )
         if bucket.buffer().is_sparse:
             raise ValueError("sparse gradients cannot be exchanged: set sparse=False on the embedding")
         return self._enqueue(bucket.buffer(), bucket.parameters(), bucket.index() == 0, bucket.is_last())
 
     def _enqueue(self, buffer: Tensor, parameters: list[Tensor], first: bool, last: bool) -> Future[Tensor]:
+        if self._closed:
+            raise RuntimeError(
+                "the gradient communicator is closed: make another one, on a new DistributedDataParallel"
+            )
         future: Future[Tensor] = Future(devices=[self._device]) if self._stream else Future()
         ready = torch.cuda.current_stream(self._device).record_event() if self._stream else None
         if first and self._loss_scale is not None:

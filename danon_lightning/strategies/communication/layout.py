@@ -40,7 +40,7 @@ def uses_two_levels(mesh: Mesh, hierarchical: bool | Literal["auto"]) -> bool:
     check_hierarchical(hierarchical)
     if hierarchical is True and not possible:
         raise ValueError(
-            f"hierarchical=True needs several nodes with several ranks each, but this job has {mesh}: "
+            f"hierarchical=True needs several nodes with several replicas each, but this job has {mesh}: "
             "use hierarchical='auto' or False"
         )
     return possible and bool(hierarchical)

@@ -1,5 +1,6 @@
 """Where to cut a pipeline, so that no stage has much more to do than the others."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich.table import Table
@@ -9,6 +10,9 @@ from danon_lightning.strategies.pipeline.blocks import Blocks
 from danon_lightning.strategies.pipeline.recording import Cuts
 from danon_lightning.strategies.pipeline.schedules import Schedule
 from danon_lightning.strategies.pipeline.slots import blocks_of_slots, find_slots
+
+# By how much the slowest stage may exceed the average before other cuts are looked for.
+_UNEVEN = 1.1
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,31 @@ def balanced_cuts(costs: Costs, stages: int) -> Cuts:
                     following[stop] = candidate
         best = following
     return Cuts.checked(best[count][2], count)
+
+
+def suggested_cuts(parameters: Costs, cuts: Cuts, seconds: Sequence[float]) -> Cuts | None:
+    """Better cuts, after a step has been measured.
+
+    Inside a stage time is taken to follow the number of parameters.
+
+    Args:
+        parameters: The numbers of parameters.
+        cuts: What was measured.
+        seconds: How long each stage has been at work in the step.
+
+    Returns:
+        None if the slowest stage takes no more than a tenth longer than they do on average, or nothing else promises
+        to be better.
+    """
+    slowest = max(seconds)
+    if slowest * len(seconds) <= _UNEVEN * sum(seconds):
+        return None
+    rates = [took / (parameters.of_stage(cuts, stage) or 1.0) for stage, took in enumerate(seconds)]
+    blocks = [cost * rates[cuts.stage_of_block(index)] for index, cost in enumerate(parameters.blocks)]
+    times = Costs(parameters.head * rates[0], tuple(blocks), parameters.tail * rates[-1])
+    better = balanced_cuts(times, cuts.stages)
+    promised = max(times.of_stage(better, stage) for stage in range(cuts.stages))
+    return better if promised * _UNEVEN < slowest else None
 
 
 def cut_table(blocks: Blocks, schedule: Schedule, cuts: Cuts, parameters: Costs) -> Table:

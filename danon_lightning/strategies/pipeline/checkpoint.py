@@ -1,6 +1,6 @@
 """One ordinary checkpoint out of what the ranks of a pipeline hold, and back."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,17 +11,20 @@ from danon_lightning.strategies.pipeline.absent import Absent, find_absent
 from danon_lightning.strategies.pipeline.agreement import receive_plain, send_plain
 
 
-def gather_plain(own: Mapping[Any, Any], group: dist.ProcessGroup, device: torch.device) -> dict[Any, Any]:
+def gather_plain(
+    own: Mapping[Any, Any], order: Iterable[Any], group: dist.ProcessGroup, device: torch.device
+) -> dict[Any, Any]:
     """Collect dictionaries on the first rank of a pipeline. Collective.
 
     Args:
         own: Plain data (see ``agreement``) by keys that mean the same on all ranks. What is absent is left out.
+        order: All keys, in the order in which they are wanted.
         group: The ranks of the pipeline.
         device: Where these move tensors.
 
     Returns:
-        On the first rank everything that any rank has, on the CPU, in the order of its own keys; where several have a
-        key, what the first of them has. Nothing elsewhere.
+        On the first rank everything that any rank has, on the CPU; where several have a key, what the first of them
+        has. Nothing elsewhere.
     """
     present = {key: value for key, value in own.items() if find_absent(value) is None}
     rank, size = dist.get_rank(group), dist.get_world_size(group)
@@ -37,7 +40,7 @@ def gather_plain(own: Mapping[Any, Any], group: dist.ProcessGroup, device: torch
         send_plain(list(found), peer, group, device)
         for key in receive_plain(peer, group, device):
             found[key] = _on_cpu(receive_plain(peer, group, device))
-    return {key: found[key] for key in [*own, *(key for key in found if key not in own)] if key in found}
+    return {key: found[key] for key in order if key in found}
 
 
 def _on_cpu(value: Any) -> Any:

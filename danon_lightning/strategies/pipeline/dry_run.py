@@ -7,6 +7,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from danon_lightning.strategies.pipeline.absent import Absent
@@ -70,9 +71,13 @@ def batch_signature(root: nn.Module, batch: object) -> tuple[Any, ...]:
         Something hashable.
     """
     leaves, structure = flatten(batch)
+    # Inside of containers that torch does not know (BatchEncoding, dataclasses) too.
+    tensors: list[Tensor] = []
+    apply_to_collection(batch, Tensor, tensors.append)
     return (
         str(structure),
         tuple(_leaf_signature(leaf) for leaf in leaves),
+        tuple(_leaf_signature(tensor) for tensor in tensors),
         torch.is_grad_enabled(),
         tuple(module.training for module in root.modules()),
         tuple(parameter.requires_grad for parameter in root.parameters()),

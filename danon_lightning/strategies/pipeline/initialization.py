@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
+from danon_lightning.strategies.pipeline.random_numbers import generators_restored
 from danon_lightning.strategies.pipeline.torch_internals import (
     ASKS_FOR_DATA,
     draws_random_numbers,
@@ -20,9 +21,12 @@ from danon_lightning.strategies.pipeline.torch_internals import (
     storage_identity,
 )
 
+_CPU = torch.device("cpu")
+_CONSTANTS = {torch.arange, torch.linspace, torch.logspace, torch.tensor, torch.as_tensor, torch.asarray}
+
 
 @contextmanager
-def reproducible(seed: int) -> Iterator[None]:
+def reproducible(seed: int, device: torch.device = _CPU) -> Iterator[None]:
     """In here, what is drawn for a tensor does not depend on whether others are real or on the meta device.
 
     Each draw has a seed of its own, which follows from the tensor that is drawn for: the n-th one that has been made.
@@ -31,8 +35,9 @@ def reproducible(seed: int) -> Iterator[None]:
 
     Args:
         seed: Where all the seeds come from.
+        device: Where tensors are made.
     """
-    with torch.random.fork_rng(), _Making() as making, _SeededDraws(seed, making):
+    with generators_restored(device), _Making() as making, _SeededDraws(seed, making):
         yield
 
 
@@ -140,7 +145,8 @@ class _Placement(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if not makes_tensors(func) or kwargs.get("device") is not None:
+        # What is made of given numbers is small, and code likes to read it.
+        if func in _CONSTANTS or not makes_tensors(func) or kwargs.get("device") is not None:
             return func(*args, **kwargs)
         tensor = func(*args, **{**kwargs, "device": self._place(len(self.made))})
         self.made.append(tensor if tensor.is_meta else tensor.new_empty(0))

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
 
+from danon_lightning.strategies.pipeline.absent import find_absent
 from danon_lightning.strategies.pipeline.agreement import broadcast_plain
 
 
@@ -41,6 +42,10 @@ class SharedMetrics:
             if replicas is None:
                 metric.distributed_available_fn = _no
             metric.compute = self._shared(metric, metric.compute)  # type: ignore[method-assign]
+        for part in module.modules():
+            if isinstance(part, (Metric, MetricCollection)):
+                part.update = _given_data(part, part.update)  # type: ignore[method-assign]
+                part.forward = _given_data(part, part.forward)  # type: ignore[method-assign]
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -64,6 +69,18 @@ class SharedMetrics:
             return value
 
         return shared_compute
+
+
+def _given_data(metric: Metric | MetricCollection, method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method, but nothing where a step is run without data, only to see what it does."""
+
+    def only_with_data(*args: Any, **kwargs: Any) -> Any:
+        if find_absent((args, kwargs)) is None:
+            return method(*args, **kwargs)
+        nothing = torch.zeros(())
+        return dict.fromkeys(metric.keys(), nothing) if isinstance(metric, MetricCollection) else nothing
+
+    return only_with_data
 
 
 def _no() -> bool:

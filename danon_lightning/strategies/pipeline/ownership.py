@@ -40,7 +40,8 @@ def find_owners(
         stages = {cuts.stage_at(position) for position in positions}
         if name not in of_blocks and any(_may_use_unseen(r, bool(stages)) for r in recordings):
             stages.add(last)
-        users = sorted(stages or {0})
+        # What has not been used so far may be yet (by another kind of step, or in a later epoch), and who knows where.
+        users = sorted(stages) or list(range(cuts.stages))
         if slot.is_parameter or name in of_blocks:
             owners[name] = tuple(users)
         else:

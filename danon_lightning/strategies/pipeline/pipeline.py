@@ -16,6 +16,7 @@ from danon_lightning.strategies.pipeline.passage import MicroBatch
 from danon_lightning.strategies.pipeline.recording import TensorMeta
 from danon_lightning.strategies.pipeline.schedules import Schedule
 from danon_lightning.strategies.pipeline.stage import StagedModule
+from danon_lightning.strategies.pipeline.timeline import Stopwatch
 from danon_lightning.strategies.pipeline.torch_pipelining import ScheduledStage, build_schedule, run_schedule
 
 
@@ -94,13 +95,20 @@ class Pipeline:
         held = [self._staged.parameter(name) for name in self._staged.owners]
         return {id(parameter) for parameter in held if parameter is not None} - elsewhere
 
-    def train(self, micro_batches: Sequence[MicroBatch], weights: Sequence[float], scale: float = 1.0) -> list[Any]:
+    def train(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        weights: Sequence[float],
+        scale: float = 1.0,
+        stopwatch: Stopwatch | None = None,
+    ) -> list[Any]:
         """Run forward and backward passes. Gradients are added to ``.grad``; :meth:`gather_shared_gradients` is left.
 
         Args:
             micro_batches: The parts of the batch.
             weights: What share of it each is; they add up to one.
             scale: What the loss is multiplied by for the backward pass.
+            stopwatch: Takes the time of the passes.
 
         Returns:
             What the step returns for each micro-batch, without graphs, on the rank of the last stage; nothing on
@@ -113,13 +121,12 @@ class Pipeline:
             arriving = [self._arrives(stage.stage_index, one) for one in micro_batches]
             leaving = [self._arrives(stage.stage_index + 1, one) for one in micro_batches]
             stage.expect(_metas(arriving), _metas(leaving))
+            stage.stopwatch = stopwatch
         number = len(micro_batches)
         if number not in self._prepared:
             self._prepared[number] = build_schedule(self._schedule.order(number), self._stages, number)
         with self._staged.attached():
-            factors = None
-            if self.has_last:
-                factors = loss_factors(self._staged.count_losses(micro_batches), weights)
+            factors = self._loss_factors(micro_batches, weights)
             self._batch = batch = _Batch(micro_batches, weights, scale, factors)
             try:
                 run_schedule(self._prepared[number], number)
@@ -131,11 +138,12 @@ class Pipeline:
                 self._batch = None
         return batch.results
 
-    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[Any]:
+    def evaluate(self, micro_batches: Sequence[MicroBatch], weights: Sequence[float]) -> list[Any]:
         """Run forward passes only, each stage all micro-batches before the next one.
 
         Args:
             micro_batches: The parts of the batch.
+            weights: What share of it each is; they add up to one.
 
         Returns:
             What the step returns for each, on the rank of the last stage; nothing on others.
@@ -147,6 +155,7 @@ class Pipeline:
         sent: list[dist.Work] = []
         handed_over: list[tuple[Tensor, ...]] = []
         with self._staged.attached():
+            factors = self._loss_factors(micro_batches, weights)
             for stage in self.stages:
                 before, after = (self._schedule.rank_of(other) for other in (stage - 1, stage + 1))
                 is_last = stage == self._schedule.stages - 1
@@ -163,7 +172,8 @@ class Pipeline:
                         work.wait()
                     if stage and before == self._rank:
                         received = given[index]
-                    result = self._staged.forward(stage, micro_batch, received)
+                    own_factors = factors[index] if factors is not None and is_last else None
+                    result = self._staged.forward(stage, micro_batch, received, own_factors)
                     if is_last:
                         results.append(result)
                     elif after == self._rank:
@@ -177,35 +187,38 @@ class Pipeline:
     def gather_shared_gradients(self) -> None:
         """Add up the gradients of what stages on several ranks hold (tied embeddings), on the first of these ranks."""
         for parameter, (first, *others) in self._shared:
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             if self._rank != first:
-                dist.send(gradient.contiguous(), group=self._group, group_dst=first)
+                self._send_gradient(parameter.grad, first)
                 continue
-            total = gradient.clone(memory_format=torch.contiguous_format)
-            for other in others:
-                theirs = torch.empty_like(total)
-                dist.recv(theirs, group=self._group, group_src=other)
-                total += theirs
+            found = [parameter.grad, *(self._receive_gradient(parameter, other) for other in others)]
+            total: Tensor | None = None
+            for gradient in found:
+                if gradient is not None:
+                    total = gradient if total is None else total + gradient
             parameter.grad = total
 
     def spread_shared_gradients(self) -> None:
         """Give the others what the first rank has made of them: the same bits on each."""
         for parameter, (first, *others) in self._shared:
             if self._rank == first:
-                gradient = parameter.grad
-                has_one = torch.tensor(gradient is not None, device=self._device)
                 for other in others:
-                    dist.send(has_one, group=self._group, group_dst=other)
-                    if gradient is not None:
-                        dist.send(gradient.contiguous(), group=self._group, group_dst=other)
-                continue
-            has_one = torch.tensor(False, device=self._device)
-            dist.recv(has_one, group=self._group, group_src=first)
-            parameter.grad = None
-            if has_one:
-                theirs = torch.empty_like(parameter, memory_format=torch.contiguous_format).detach()
-                dist.recv(theirs, group=self._group, group_src=first)
-                parameter.grad = theirs
+                    self._send_gradient(parameter.grad, other)
+            else:
+                parameter.grad = self._receive_gradient(parameter, first)
+
+    def _send_gradient(self, gradient: Tensor | None, rank: int) -> None:
+        dist.send(torch.tensor([gradient is not None], device=self._device).int(), group=self._group, group_dst=rank)
+        if gradient is not None:
+            dist.send(gradient.contiguous(), group=self._group, group_dst=rank)
+
+    def _receive_gradient(self, parameter: Tensor, rank: int) -> Tensor | None:
+        is_there = torch.zeros(1, dtype=torch.int32, device=self._device)
+        dist.recv(is_there, group=self._group, group_src=rank)
+        if not is_there:
+            return None
+        gradient = torch.empty(parameter.shape, dtype=parameter.dtype, device=self._device)
+        dist.recv(gradient, group=self._group, group_src=rank)
+        return gradient
 
     @property
     def _shared(self) -> list[tuple[nn.Parameter, list[int]]]:
@@ -233,6 +246,9 @@ class Pipeline:
             raise
         batch.results.append(_without_graph(result))
         return loss * (batch.weights[index] * batch.scale)
+
+    def _loss_factors(self, micro_batches: Sequence[MicroBatch], weights: Sequence[float]) -> list[list[float]] | None:
+        return loss_factors(self._staged.count_losses(micro_batches), weights) if self.has_last else None
 
     def _arrives(self, stage: int, micro_batch: MicroBatch) -> list[TensorMeta]:
         """What a stage gets from the one before: nothing in the first one, and there is none after the last."""

@@ -44,6 +44,11 @@ class Schedule:
         return "v" if self.name == "zbv" else "loop"
 
     @property
+    def splits_backward(self) -> bool:
+        """Whether gradients of activations and of weights are computed at different times."""
+        return self.name in ("interleaved_zero_bubble", "zbv")
+
+    @property
     def stages(self) -> int:
         """Number of stages in all."""
         return self.ranks * self.stages_per_rank

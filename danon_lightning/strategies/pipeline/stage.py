@@ -67,6 +67,17 @@ class StagedModule:
         held = self._slots[name].get()
         return held if isinstance(held, nn.Parameter) and not isinstance(held, Absent) else None
 
+    def keeper(self, name: str) -> int | None:
+        """The stage that keeps a parameter or buffer up to date; None if there is none of this name.
+
+        Args:
+            name: Any of its full names.
+        """
+        for first, slot in self._slots.items():
+            if name in slot.names:
+                return self.owners[first][0]
+        return None
+
     def placeholder(self, name: str) -> Tensor:
         """What stands in the place of a parameter that this process does not hold.
 

@@ -5,6 +5,7 @@ torch has changed one of them.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch.distributed.pipelining import schedules
 from torch.distributed.pipelining._utils import _StageMeta, extract_tensor_metas
 from torch.distributed.pipelining.stage import _PipelineStageBase, _RecvInfo
 from typing_extensions import override
+
+from danon_lightning.strategies.pipeline.timeline import Stopwatch
 
 
 class ScheduledStage(_PipelineStageBase):
@@ -37,6 +40,10 @@ class ScheduledStage(_PipelineStageBase):
             group: The ranks of the pipeline.
         """
         super().__init__(module, index, stages, device, group)
+        self.stopwatch: Stopwatch | None = None
+
+    def _measuring(self, kind: str, chunk: int) -> AbstractContextManager[None]:
+        return nullcontext() if self.stopwatch is None else self.stopwatch.measuring(self.stage_index, kind, chunk)
 
     def expect(self, arriving: Sequence[Sequence[Tensor]], leaving: Sequence[Sequence[Tensor]]) -> None:
         """Get ready for a batch.
@@ -72,12 +79,19 @@ class ScheduledStage(_PipelineStageBase):
     @override
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         self._turn_to(fwd_chunk_id)
-        return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        with self._measuring("forward", fwd_chunk_id):
+            return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
 
     @override
     def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
         self._turn_to(bwd_chunk_id)
-        super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+        with self._measuring("backward", bwd_chunk_id):
+            super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+
+    @override
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
+        with self._measuring("weights", bwd_chunk_id):
+            super().backward_weight_one_chunk(bwd_chunk_id, *args, **kwargs)
 
     @override
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:

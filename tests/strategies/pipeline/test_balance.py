@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from staged_models import GPT, VOCABULARY, WIDTH
 
-from danon_lightning.strategies.pipeline.balance import Costs, balanced_cuts, cut_table, parameter_costs
+from danon_lightning.strategies.pipeline.balance import Costs, balanced_cuts, cut_table, parameter_costs, suggested_cuts
 from danon_lightning.strategies.pipeline.blocks import find_blocks
 from danon_lightning.strategies.pipeline.recording import Cuts
 from danon_lightning.strategies.pipeline.schedules import resolve_schedule
@@ -54,6 +54,16 @@ def test_parameters_are_counted_where_they_are_used(tied):
     assert costs.head + costs.tail == outside + (table if tied else 0)
     assert costs.head >= table
     assert costs.tail >= table
+
+
+def test_measured_times_suggest_other_cuts():
+    costs, cuts = Costs(0, (1.0,) * 8, 0), Cuts.checked((0, 4, 8), 8)
+    assert suggested_cuts(costs, cuts, [1.0, 1.1]) is None
+    # The last two blocks of a stage seem to take as long as its first two.
+    assert suggested_cuts(costs, cuts, [1.0, 3.0]).bounds == (0, 5, 8)
+    assert suggested_cuts(costs, cuts, [3.0, 1.0]).bounds == (0, 3, 8)
+    # One block is as much as can be taken away.
+    assert suggested_cuts(Costs(0, (1.0, 1.0), 0), Cuts.checked((0, 1, 2), 2), [1.0, 9.0]) is None
 
 
 def test_the_table_names_stages_ranks_layers_and_parameters(capsys):

@@ -139,7 +139,7 @@ def compare_evaluation():
         plain = make(GPT, layers=8)
         job = Job(make(GPT, layers=8), resolve(name), [batch], [4], step=lambda model, part: {"out": model(*part)})
         with torch.no_grad():
-            results = job.pipeline.evaluate(job.micro_batches(0))
+            results = job.pipeline.evaluate(job.micro_batches(0), job.weights(0))
             expected = [plain(*part) for part in job.parts[0]]
         assert len(results) == (4 if job.pipeline.has_last else 0)
         for result, loss in zip(results, expected, strict=False):

@@ -42,7 +42,10 @@ def run(file, strategy="auto", devices=1, checkpoint=None, module=Tied, ignored=
     """Train, validate, test, predict and save."""
     trainer, module = make_trainer(strategy, devices, **options), module()
     trainer.fit(
-        module, own_loader(trainer, ignored=ignored), own_loader(trainer, seed=1), ckpt_path=checkpoint,
+        module,
+        own_loader(trainer, ignored=ignored),
+        own_loader(trainer, seed=1, ignored=ignored),
+        ckpt_path=checkpoint,
         weights_only=True,
     )  # fmt: skip
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -84,6 +87,9 @@ CASES = {
     "looped_bfs": {"size": 2, "schedule": "looped_bfs", "micro_batches": 4},
     "interleaved_zero_bubble": {"size": 2, "schedule": "interleaved_zero_bubble", "micro_batches": 4},
     "zbv": {"size": 2, "schedule": "zbv"},
+    "checkpointed": {"size": 2, "activation_checkpointing": True},
+    "offloaded": {"size": 2, "activation_checkpointing": "offload", "schedule": "interleaved_1f1b"},
+    "cut by hand": {"size": 2, "stage_cut": [3], "pipeline_layers": "layers"},
 }
 FLAGS = {
     "clipped": {"gradient_clip_val": 0.5},
@@ -294,6 +300,12 @@ def test_what_cannot_work_is_refused_on_every_rank(case, message):
             r"stage_cut=\[2\] must give the first layers of stages 1 to 2",
         ),
         ({"pipeline_parallel_size": 2, "num_microbatches": 0}, "num_microbatches=0 must be at least 1, or 'auto'"),
+        ({"activation_checkpointing": True}, "set pipeline_parallel_size to 2 or more"),
+        ({"pipeline_parallel_size": 2, "activation_checkpointing": "disk"}, "must be True, False or 'offload'"),
+        (
+            {"pipeline_parallel_size": 2, "activation_checkpointing": True, "schedule": "zbv"},
+            "cannot be used with schedule='zbv'",
+        ),
         ({"pipeline_parallel_size": 2, "schedule": "fifo"}, "schedule='fifo' must be one of gpipe"),
     ],
 )
