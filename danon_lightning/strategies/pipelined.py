@@ -42,7 +42,6 @@ from danon_lightning.strategies.pipeline.torch_internals import overflow_flags
 
 # The first steps are slower than all others.
 _MEASURED_STEP = 5
-_GROUPS: dict[Any, dist.ProcessGroup | None] = {}
 
 
 class PipelinedStrategy(DanonHybridStrategy):
@@ -535,15 +534,10 @@ class PipelinedStrategy(DanonHybridStrategy):
 
 
 def _own_group(groups: list[list[int]], rank: int, timeout: Any) -> dist.ProcessGroup | None:
-    """Create groups, on all ranks alike, and return the one of this rank; None if it is alone in it.
-
-    They are used again by later Trainers: a process may see many (cross-validation), and groups take device memory.
-    """
+    """Create groups, on all ranks alike, and return the one of this rank; None if it is alone in it."""
     mine = None
     for ranks in groups:
-        key = dist.group.WORLD, tuple(ranks), timeout
-        if key not in _GROUPS:
-            _GROUPS[key] = dist.new_group(ranks, timeout=timeout) if len(ranks) > 1 else None
+        group = dist.new_group(ranks, timeout=timeout) if len(ranks) > 1 else None
         if rank in ranks:
-            mine = _GROUPS[key]
+            mine = group
     return mine
