@@ -446,8 +446,8 @@ class PipelinedStrategy(DanonHybridStrategy):
 
     @override
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        """Gather over the replicas."""
-        if group not in (None, dist.group.WORLD):
+        """Gather over all ranks; for ``LightningModule.all_gather``, which names the group, over the replicas."""
+        if group is not dist.group.WORLD or self._staged is None:
             return super().all_gather(tensor, group, sync_grads)
         if self._replica_group is None:
             return tensor.unsqueeze(0)
