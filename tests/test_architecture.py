@@ -82,6 +82,7 @@ PUBLIC = {
         "Int8Compressor",
         "LinearCompressor",
         "Mesh",
+        "PipelinedStrategy",
         "PowerSGDCompressor",
         "RandomKCompressor",
         "SignCompressor",

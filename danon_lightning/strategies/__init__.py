@@ -19,6 +19,9 @@ from danon_lightning.strategies.communication import (
 from danon_lightning.strategies.hybrid import DanonHybridStrategy
 from danon_lightning.strategies.mesh import Mesh
 
+# Imported before there are process groups: fairscale, which it needs, keeps the default one in its functions' defaults.
+from danon_lightning.strategies.pipelined import PipelinedStrategy
+
 __all__ = [
     "Bf16Compressor",
     "Compressor",
@@ -31,6 +34,7 @@ __all__ = [
     "Int8Compressor",
     "LinearCompressor",
     "Mesh",
+    "PipelinedStrategy",
     "PowerSGDCompressor",
     "RandomKCompressor",
     "SignCompressor",

@@ -2,7 +2,7 @@
 
 import atexit
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, ClassVar, Literal
@@ -366,12 +366,16 @@ class DanonHybridStrategy(DDPStrategy):
                 raise communicator.error from communicator.error.__cause__
             raise
         if communicator is not None and communicator.steps > steps and not communicator.finite:
-            if self._scaler() is None:
-                assert self.model is not None
-                for parameter in self.model.parameters():
-                    parameter.grad = None
-                rank_zero_warn("a gradient was not finite: all ranks skip this step")
+            assert self.model is not None
+            self._skip_step(self.model.parameters())
         return loss
+
+    def _skip_step(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Have the optimizer leave the weights as they are; a gradient scaler does so by itself."""
+        if self._scaler() is None:
+            for parameter in parameters:
+                parameter.grad = None
+            rank_zero_warn("a gradient was not finite: all ranks skip this step")
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:

@@ -1,6 +1,5 @@
 """The strategy with pipeline parallelism: replicas of the model that several ranks share."""
 
-import hashlib
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -30,7 +29,7 @@ from danon_lightning.strategies.pipeline.blocks import Blocks, find_blocks
 from danon_lightning.strategies.pipeline.checkpoint import gather_plain, load_own
 from danon_lightning.strategies.pipeline.dry_run import batch_signature, dry_run
 from danon_lightning.strategies.pipeline.initialization import made_in_part, reproducible
-from danon_lightning.strategies.pipeline.logged import Logged, captured, replay
+from danon_lightning.strategies.pipeline.logged import Logged, captured, number_of, replay, tensor_of
 from danon_lightning.strategies.pipeline.metrics import SharedMetrics
 from danon_lightning.strategies.pipeline.ownership import find_owners, owners_before_use
 from danon_lightning.strategies.pipeline.passage import MicroBatch
@@ -39,6 +38,8 @@ from danon_lightning.strategies.pipeline.recording import Cuts, Recording
 from danon_lightning.strategies.pipeline.stage import StagedModule
 from danon_lightning.strategies.pipeline.timeline import Pass, Stopwatch, gather_passes
 from danon_lightning.strategies.pipeline.torch_internals import overflow_flags
+from danon_lightning.strategies.process_groups import GroupReference, own_group
+from danon_lightning.strategies.seeds import seed_from
 
 # The first steps are slower than all others.
 _MEASURED_STEP = 5
@@ -174,12 +175,12 @@ class PipelinedStrategy(DanonHybridStrategy):
         self._settled = False
         self._staged = StagedModule(module, blocks, cuts, owners_before_use(module, blocks, cuts))
         replicas = [mesh.ranks_of_replica(replica) for replica in range(mesh.data_parallel_size)]
-        pipeline_group = _own_group(replicas, mesh.rank, self._timeout)
+        _, pipeline_group = own_group(replicas, mesh.rank, None, self._timeout)
         assert pipeline_group is not None
-        self._pipeline_group = pipeline_group
-        alike = [mesh.ranks_across_replicas(rank) for rank in range(mesh.pipeline_parallel_size)]
-        self._replica_group = _own_group(alike, mesh.rank, self._timeout)
-        self._pipeline = Pipeline(self._staged, schedule, self._pipeline_group, self.root_device)
+        self._pipeline_group = GroupReference(pipeline_group)
+        _, replica_group = own_group(mesh.groups_of_replicas(), mesh.rank, None, self._timeout)
+        self._replica_group = None if replica_group is None else GroupReference(replica_group)
+        self._pipeline = Pipeline(self._staged, schedule, pipeline_group, self.root_device)
         if self._activation_checkpointing:
             for stage in self._pipeline.stages:
                 for index in cuts.blocks_of(stage):
@@ -228,9 +229,11 @@ class PipelinedStrategy(DanonHybridStrategy):
         self._held_back = [parameter.grad for parameter in parameters]
         for parameter, gradient in zip(parameters, before, strict=True):
             parameter.grad = gradient
-        losses = [float(loss_of(result)) for result in results]
-        agreed = self._agree({"loss": weighted_mean(losses, sizes) if losses else None}, logged, sizes)
-        loss = torch.tensor(agreed["loss"], device=self.root_device, requires_grad=True)
+        found = {}
+        if results:
+            losses = [loss_of(result) for result in results]
+            found["loss"] = number_of(weighted_mean([float(loss) for loss in losses], sizes), losses[0])
+        loss = tensor_of(self._agree(found, logged, sizes)["loss"], self.root_device).requires_grad_()
         if results and isinstance(results[0], Mapping):
             return {**join_results(results, sizes), "loss": loss}
         return loss
@@ -256,7 +259,7 @@ class PipelinedStrategy(DanonHybridStrategy):
 
     def pipeline_timeline(self) -> list[list[Pass]]:
         """What each rank of this pipeline has done in the step that was measured last. Collective."""
-        return gather_passes(self._measured, self._pipeline_group, self.root_device)
+        return gather_passes(self._measured, self._pipeline_group(), self.root_device)
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -272,7 +275,7 @@ class PipelinedStrategy(DanonHybridStrategy):
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run forward passes. All ranks of the pipeline get the result."""
         result = self._evaluate("predict_step", args, self.precision_plugin.predict_step_context)
-        return broadcast_plain(result, self._last, self._pipeline_group, self.root_device)
+        return broadcast_plain(result, self._last, self._pipeline_group(), self.root_device)
 
     def _evaluate(self, hook: str, args: tuple[Any, ...], context: Callable[[], AbstractContextManager[Any]]) -> Any:
         micro_batches, sizes = self._micro_batches(hook, args, context)
@@ -289,12 +292,11 @@ class PipelinedStrategy(DanonHybridStrategy):
         module, mesh = self.lightning_module, self.mesh
         assert module is not None
         batch, *rest = args
-        check_alike(batch, self._pipeline_group, self.root_device)
+        check_alike(batch, self._pipeline_group(), self.root_device)
         parts, sizes = split_batch(batch, self._num_microbatches)
         self._evaluations += hook != "training_step"
         counted = module.trainer.fit_loop.epoch_loop.total_batch_idx if hook == "training_step" else self._evaluations
-        number = (self._seed, mesh.data_parallel_rank, hook, counted)
-        seed = int.from_bytes(hashlib.blake2b(repr(number).encode(), digest_size=7).digest(), "little")
+        seed = seed_from(self._seed, mesh.data_parallel_rank, hook, counted)
 
         def step_on(index: int, part: Any) -> Callable[[], Any]:
             def step() -> Any:
@@ -330,7 +332,7 @@ class PipelinedStrategy(DanonHybridStrategy):
         assert self.lightning_module is not None
         if logged is not None:
             found["logged"] = logged.combined(sizes, self._metrics.paths)
-        agreed = broadcast_plain(found, self._last, self._pipeline_group, self.root_device)
+        agreed = broadcast_plain(found, self._last, self._pipeline_group(), self.root_device)
         replay(self.lightning_module, agreed["logged"])
         return dict(agreed)
 
@@ -374,20 +376,19 @@ class PipelinedStrategy(DanonHybridStrategy):
         communicator = self._communicator
         if communicator is None:
             return
+        assert self._replica_group is not None
         counted = self._pipeline.counted_here()
         parameters = [parameter for parameter in self._own_parameters() if id(parameter) in counted]
         # A parameter that no replica has used must stay without gradient, or the optimizer would move it.
         used = torch.tensor([parameter.grad is not None for parameter in parameters], device=self.root_device).int()
-        dist.all_reduce(used, dist.ReduceOp.MAX, group=self._replica_group)
+        dist.all_reduce(used, dist.ReduceOp.MAX, group=self._replica_group())
         parameters = [parameter for parameter, is_used in zip(parameters, used.tolist(), strict=True) if is_used]
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         communicator.average(parameters, self._bucket_bytes)
-        if not communicator.finite and self._scaler() is None:
-            for parameter in self._own_parameters():
-                parameter.grad = None
-            rank_zero_warn("a gradient was not finite: all ranks skip this step")
+        if not communicator.finite:
+            self._skip_step(self._own_parameters())
 
     @override
     @contextmanager
@@ -408,7 +409,7 @@ class PipelinedStrategy(DanonHybridStrategy):
         square = torch.zeros((), dtype=torch.float64, device=self.root_device)
         for norm in norms:
             square += norm.double().square()
-        dist.all_reduce(square, group=self._pipeline_group)
+        dist.all_reduce(square, group=self._pipeline_group())
         if parameters:
             nn.utils.clip_grads_with_norm_(parameters, clip_val, square.sqrt())
 
@@ -440,9 +441,11 @@ class PipelinedStrategy(DanonHybridStrategy):
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """Reduce over the replicas: the ranks of a pipeline have the same values."""
-        if group is None and self.mesh.data_parallel_size == 1:
-            return tensor
-        return super().reduce(tensor, group or self._replica_group, reduce_op)
+        if group is None:
+            if self._replica_group is None:
+                return tensor
+            group = self._replica_group()
+        return super().reduce(tensor, group, reduce_op)
 
     @override
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
@@ -451,7 +454,7 @@ class PipelinedStrategy(DanonHybridStrategy):
             return super().all_gather(tensor, group, sync_grads)
         if self._replica_group is None:
             return tensor.unsqueeze(0)
-        return super().all_gather(tensor, self._replica_group, sync_grads)
+        return super().all_gather(tensor, self._replica_group(), sync_grads)
 
     @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
@@ -497,7 +500,7 @@ class PipelinedStrategy(DanonHybridStrategy):
             raise RuntimeError("no checkpoint is written after an error: other ranks cannot be asked for their layers")
         if self.mesh.data_parallel_rank:
             return {}
-        return gather_plain(own, order, self._pipeline_group, self.root_device)
+        return gather_plain(own, order, self._pipeline_group(), self.root_device)
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -529,15 +532,7 @@ class PipelinedStrategy(DanonHybridStrategy):
     def teardown(self) -> None:
         """Release the devices. The module stays cut: it can be validated and tested, and saved."""
         vars(self.precision_plugin).pop("clip_grad_by_norm", None)
-        vars(self._scaler()).pop("unscale_", None) if self._scaler() is not None else None
+        scaler = self._scaler()
+        if scaler is not None:
+            vars(scaler).pop("unscale_", None)
         super().teardown()
-
-
-def _own_group(groups: list[list[int]], rank: int, timeout: Any) -> dist.ProcessGroup | None:
-    """Create groups, on all ranks alike, and return the one of this rank; None if it is alone in it."""
-    mine = None
-    for ranks in groups:
-        group = dist.new_group(ranks, timeout=timeout) if len(ranks) > 1 else None
-        if rank in ranks:
-            mine = group
-    return mine

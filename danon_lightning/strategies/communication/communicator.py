@@ -29,7 +29,7 @@ from danon_lightning.strategies.communication.compressors.base import Region
 from danon_lightning.strategies.communication.error_feedback import ErrorFeedback, resolve_error_feedback
 from danon_lightning.strategies.communication.layout import build_levels, group_of_all
 from danon_lightning.strategies.communication.memory import Memory
-from danon_lightning.strategies.communication.messages import Layout, Plan, plan_messages
+from danon_lightning.strategies.communication.messages import Layout, Plan, plan_messages, real_numel
 from danon_lightning.strategies.communication.stats import CommunicationStats
 from danon_lightning.strategies.mesh import Mesh
 
@@ -241,7 +241,7 @@ class GradientCommunicator:
             waiting.append((bucket, buffer, self._enqueue(buffer, bucket, index == 0, index == len(buckets) - 1)))
         for bucket, buffer, future in waiting:
             future.wait()
-            for parameter, part in zip(bucket, buffer.split([_real_numel(p) for p in bucket]), strict=True):
+            for parameter, part in zip(bucket, buffer.split([real_numel(p) for p in bucket]), strict=True):
                 whole = torch.view_as_complex(part.view(-1, 2)) if parameter.is_complex() else part
                 parameter.grad = whole.view(parameter.shape)
 
@@ -275,6 +275,7 @@ class GradientCommunicator:
             self._exchange.close()
             if self._everybody is not None and dist.is_initialized():
                 dist.destroy_process_group(self._everybody)
+                self._everybody = None
 
     def _start(self) -> None:
         """Start the thread, which shall compute with one core and leave the others to the backward pass."""
@@ -433,10 +434,6 @@ class GradientCommunicator:
                 waiting.future.set_exception(self.error)  # type: ignore[arg-type]  # torch's own annotation is wrong
         self._in_flight.clear()
         self._open.clear()
-
-
-def _real_numel(parameter: Tensor) -> int:
-    return parameter.numel() * (2 if parameter.is_complex() else 1)
 
 
 @dataclass(eq=False)

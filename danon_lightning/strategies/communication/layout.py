@@ -14,6 +14,7 @@ from danon_lightning.strategies.communication import shared_memory
 from danon_lightning.strategies.communication.levels import GroupLevel, Level
 from danon_lightning.strategies.communication.stats import CommunicationStats
 from danon_lightning.strategies.mesh import Mesh
+from danon_lightning.strategies.process_groups import own_group
 
 # By which launchers number the nodes: torchrun, SLURM, Lightning.
 _NODE_VARIABLES = ("GROUP_RANK", "SLURM_NODEID", "NODE_RANK")
@@ -125,13 +126,7 @@ def build_levels(
     two_levels = uses_two_levels(mesh, hierarchical)
 
     def level(groups: list[list[int]]) -> GroupLevel:
-        mine = None
-        for ranks in groups:  # every rank takes part in the creation of every group
-            group = dist.new_group(ranks, backend=backend, timeout=timeout) if len(ranks) > 1 else None
-            if mesh.rank in ranks:
-                mine = group, ranks
-        assert mine is not None
-        group, ranks = mine
+        ranks, group = own_group(groups, mesh.rank, backend, timeout)
         remote = [mesh.node_of(rank) != mesh.node for rank in ranks]
         return GroupLevel(ranks, ranks.index(mesh.rank), remote, group, device, stats)
 

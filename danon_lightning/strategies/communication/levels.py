@@ -131,6 +131,7 @@ class GroupLevel(Level):
         """See :class:`Level`."""
         if self.group is not None and dist.is_initialized():
             dist.destroy_process_group(self.group)
+            self.group = None
 
     def _count(self, sizes: Sequence[int]) -> None:
         for peer, size in enumerate(sizes):

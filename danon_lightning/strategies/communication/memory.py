@@ -1,6 +1,5 @@
 """What a rank remembers from step to step: what compression has left out, and whatever else the next step needs."""
 
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ from danon_lightning.strategies.communication import kernels
 from danon_lightning.strategies.communication.compressors import Compressor, LinearCompressor
 from danon_lightning.strategies.communication.compressors.base import Context, Region
 from danon_lightning.strategies.communication.error_feedback import ErrorFeedback
+from danon_lightning.strategies.communication.messages import real_numel
+from danon_lightning.strategies.seeds import seed_from
 
 Role = Literal["worker", "server", "dense"]
 Owed = Literal["residual", "momentum", "dense_momentum"]
@@ -79,8 +80,7 @@ class Memory:
         """See the class."""
         self.compressor, self.feedback, self.index, self.groups = compressor, feedback, index, groups
         self._parameters = parameters
-        # Buckets hold complex numbers as pairs of real ones.
-        self.numels = {name: p.numel() * (2 if p.is_complex() else 1) for name, p in parameters.items()}
+        self.numels = {name: real_numel(p) for name, p in parameters.items()}
         self.step = 0
         self.unused_parameters = False
         self._momentum_source: MomentumSource | None = None
@@ -170,7 +170,7 @@ class Memory:
 
     def decoding_context(self, region: Region) -> Context:
         """What a :class:`LinearCompressor` may know when it decodes."""
-        return Context(self.step, shared_seed=_at_step(_seed(region), self.step))
+        return Context(self.step, shared_seed=_at_step(seed_from(region), self.step))
 
     def correct_dense(self, region: Region, values: Tensor, loss_scale: float) -> None:
         """Clip a dense mean gradient (any float type), and give it the momentum, as compressed ones get it."""
@@ -263,7 +263,7 @@ class Memory:
         """What an encoder may know."""
         slot = self._slots.setdefault((role, region), _Slot())
         if slot.seeds is None:
-            slot.seeds = _seed(region, role, self.index), _seed(region)
+            slot.seeds = seed_from(region, role, self.index), seed_from(region)
         own, shared = (_at_step(seed, self.step) for seed in slot.seeds)
         return Context(self.step, seed=own, shared_seed=shared, state=slot.state or {})
 
@@ -353,11 +353,6 @@ class LinearRounds:
                 if slot.new_momentum is not None:
                     slot.new_momentum.mul_(self._values.view(-1) != 0)  # factor masking
             return None
-
-
-def _seed(*parts: object) -> int:
-    """The same in every process, unlike ``hash``."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest(), "little")
 
 
 def _at_step(seed: int, step: int) -> int:

@@ -122,14 +122,18 @@ def plan_messages(
     dense = []
     offset = 0
     for name, parameter in parameters:
-        # A bucket holds complex numbers as pairs of real ones, which have no blocks of their own.
-        numel = parameter.numel() * (2 if parameter.is_complex() else 1)
+        numel = real_numel(parameter)
         if numel and not packer.add(name, parameter, offset):
             dense.append(Piece(offset, numel, Region(name, 0, numel)))
         offset += numel
     messages: list[Message | LinearMessage] = list(packer.messages())
     messages += _dense_messages(_merge(dense), layout, row_numel * layout.inner)
     return Plan(tuple(messages), tuple(dense))
+
+
+def real_numel(parameter: Tensor) -> int:
+    """How many real numbers it has: buckets hold complex ones as pairs, which have no blocks of their own."""
+    return parameter.numel() * (2 if parameter.is_complex() else 1)
 
 
 class _Packer:

@@ -13,6 +13,13 @@ from torch import Tensor
 _SAMPLED = 4096
 
 
+def tensors_in(batch: Any) -> list[Tensor]:
+    """All tensors of nested containers, also of such as torch does not know (BatchEncoding, dataclasses)."""
+    tensors: list[Tensor] = []
+    apply_to_collection(batch, Tensor, tensors.append)
+    return tensors
+
+
 def split_batch(batch: Any, micro_batches: int) -> tuple[list[Any], list[int]]:
     """Cut a batch along its first dimension.
 
@@ -27,9 +34,7 @@ def split_batch(batch: Any, micro_batches: int) -> tuple[list[Any], list[int]]:
     Raises:
         ValueError: If no tensor in it has a dimension.
     """
-    tensors: list[Tensor] = []
-    apply_to_collection(batch, Tensor, tensors.append)
-    size = next((len(tensor) for tensor in tensors if tensor.dim()), 0)
+    size = next((len(tensor) for tensor in tensors_in(batch) if tensor.dim()), 0)
     if not size:
         raise ValueError(
             f"a batch of type {type(batch).__name__} has no samples that micro-batches could be made of: it must "
@@ -73,8 +78,7 @@ def check_alike(batch: Any, group: dist.ProcessGroup, device: torch.device) -> N
 
 def _fingerprint(batch: Any) -> Tensor:
     """Two numbers that batches of other shapes or (a sample of) other values hardly share."""
-    tensors: list[Tensor] = []
-    apply_to_collection(batch, Tensor, tensors.append)
+    tensors = tensors_in(batch)
     shapes = repr([(tensor.shape, tensor.dtype) for tensor in tensors]).encode()
     content = 0
     for tensor in tensors:

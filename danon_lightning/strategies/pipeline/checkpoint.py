@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from danon_lightning.strategies.pipeline.absent import Absent, find_absent
@@ -44,11 +45,7 @@ def gather_plain(
 
 
 def _on_cpu(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().cpu()
-    if isinstance(value, dict):
-        return {key: _on_cpu(item) for key, item in value.items()}
-    return value
+    return apply_to_collection(value, Tensor, lambda tensor: tensor.detach().cpu())
 
 
 def load_own(module: nn.Module, state: Mapping[str, Any], *, strict: bool) -> None:

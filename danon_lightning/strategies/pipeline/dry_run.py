@@ -7,10 +7,10 @@ from types import FrameType
 from typing import Any
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from danon_lightning.strategies.pipeline.absent import Absent
+from danon_lightning.strategies.pipeline.batches import tensors_in
 from danon_lightning.strategies.pipeline.blocks import Blocks
 from danon_lightning.strategies.pipeline.errors import AbsentDataError, UnsupportedStepError, user_location
 from danon_lightning.strategies.pipeline.loss_weights import CountedLosses
@@ -71,13 +71,10 @@ def batch_signature(root: nn.Module, batch: object) -> tuple[Any, ...]:
         Something hashable.
     """
     leaves, structure = flatten(batch)
-    # Inside of containers that torch does not know (BatchEncoding, dataclasses) too.
-    tensors: list[Tensor] = []
-    apply_to_collection(batch, Tensor, tensors.append)
     return (
         str(structure),
         tuple(_leaf_signature(leaf) for leaf in leaves),
-        tuple(_leaf_signature(tensor) for tensor in tensors),
+        tuple(_leaf_signature(tensor) for tensor in tensors_in(batch)),
         torch.is_grad_enabled(),
         tuple(module.training for module in root.modules()),
         tuple(parameter.requires_grad for parameter in root.parameters()),

@@ -1,9 +1,8 @@
 """Making a model of which each rank gets its own part only, with the weights that a whole one would have."""
 
-import hashlib
 import weakref
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
+from danon_lightning.strategies.pipeline.module_state import restored
 from danon_lightning.strategies.pipeline.random_numbers import generators_restored
 from danon_lightning.strategies.pipeline.torch_internals import (
     ASKS_FOR_DATA,
@@ -20,6 +20,7 @@ from danon_lightning.strategies.pipeline.torch_internals import (
     makes_tensors,
     storage_identity,
 )
+from danon_lightning.strategies.seeds import seed_from
 
 _CPU = torch.device("cpu")
 _CONSTANTS = {torch.arange, torch.linspace, torch.logspace, torch.tensor, torch.as_tensor, torch.asarray}
@@ -95,8 +96,7 @@ class _SeededDraws(TorchDispatchMode):
             else:
                 place = "between", self._making.events
             self._draws[place] += 1
-            text = f"{self._seed} {place} {self._draws[place]}"
-            torch.manual_seed(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little"))
+            torch.manual_seed(seed_from(self._seed, place, self._draws[place]))
         return func(*args, **(kwargs or {}))
 
 
@@ -112,21 +112,18 @@ def made_in_part(
         choose: Called when it is known what there is: returns the full names of the parameters that are wanted.
         device: Where these are to be made. All others stay on the meta device; what is no parameter is made in full.
     """
-    before = _attributes(module)
-    shapes = _Placement(lambda number: torch.device("meta"))
-    with shapes:
-        yield
-    made = {storage_identity(tensor): number for number, tensor in enumerate(shapes.made)}
-    wanted = set(choose())
     kept: set[int] = set()
     unwanted: set[int] = set()
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        number = made.get(storage_identity(parameter))
-        if number is not None:
-            (kept if name in wanted else unwanted).add(number)
-    for attributes, content in before:
-        attributes.clear()
-        attributes.update(content)
+    with restored(module):
+        shapes = _Placement(lambda number: torch.device("meta"))
+        with shapes:
+            yield
+        made = {storage_identity(tensor): number for number, tensor in enumerate(shapes.made)}
+        wanted = set(choose())
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            number = made.get(storage_identity(parameter))
+            if number is not None:
+                (kept if name in wanted else unwanted).add(number)
     absent = unwanted - kept
     with _Placement(lambda number: torch.device("meta") if number in absent else device):
         make()
@@ -151,13 +148,3 @@ class _Placement(TorchFunctionMode):
         tensor = func(*args, **{**kwargs, "device": self._place(len(self.made))})
         self.made.append(tensor if tensor.is_meta else tensor.new_empty(0))
         return tensor
-
-
-def _attributes(module: nn.Module) -> list[tuple[dict[str, Any], Mapping[str, Any]]]:
-    """The dictionaries that hold the attributes of a module and of its submodules, and what is in them."""
-    found: list[tuple[dict[str, Any], Mapping[str, Any]]] = []
-    for part in module.modules():
-        own = part.__dict__
-        for attributes in (own, *(value for value in own.values() if isinstance(value, dict))):
-            found.append((attributes, dict(attributes)))
-    return found

@@ -77,8 +77,10 @@ class Logged:
                     "LightningModule: other ranks cannot find it. Assign it to self in __init__"
                 )
             options["metric_attribute"] = path
-            known = [float(call.of_batch) for call in given if isinstance(call.of_batch, Tensor)]
-            of_batch = weighted_mean(known, weights) if len(known) == len(given) else None
+            known = [call.of_batch for call in given if isinstance(call.of_batch, Tensor)]
+            of_batch = None
+            if len(known) == len(given):
+                of_batch = number_of(weighted_mean([float(one) for one in known], weights), known[0])
             return {"name": name, "metric": path, "value": of_batch, "options": options}
         numbers = [float(call.value) for call in given]
         if reduction in _COMBINED:
@@ -90,7 +92,7 @@ class Logged:
                 f"self.log({name!r}, reduce_fx={reduction!r}) cannot be combined over micro-batches: 'mean', 'sum', "
                 "'max' and 'min' can"
             )
-        return {"name": name, "value": number, "options": options}
+        return {"name": name, "value": number_of(number, given[0].value), "options": options}
 
 
 @contextmanager
@@ -121,9 +123,23 @@ def captured(module: pl.LightningModule, logged: Logged | None) -> Iterator[None
 def replay(module: pl.LightningModule, combined: Sequence[dict[str, Any]]) -> None:
     """Log for real what :meth:`Logged.combined` has returned, on every rank."""
     for one in combined:
-        number = None if one["value"] is None else torch.tensor(one["value"], device=module.device)
+        number = None if one["value"] is None else tensor_of(one["value"], module.device)
         value: Any = number
         if "metric" in one:
             value = module.get_submodule(one["metric"])
             value._forward_cache = number
         module.log(one["name"], value, **one["options"])
+
+
+def number_of(number: float, like: object) -> tuple[float, str]:
+    """A number as plain data, with the dtype of what it was made from, or of plain numbers."""
+    dtype = torch.get_default_dtype()
+    if isinstance(like, Tensor):
+        dtype = torch.promote_types(like.dtype, dtype)
+    return number, str(dtype).removeprefix("torch.")
+
+
+def tensor_of(number: Sequence[Any], device: torch.device) -> Tensor:
+    """What :func:`number_of` has described, as a tensor."""
+    value, dtype = number
+    return torch.tensor(value, dtype=getattr(torch, dtype), device=device)

@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
+from torchmetrics.utilities.distributed import gather_all_tensors
 
 from danon_lightning.strategies.pipeline.absent import find_absent
 from danon_lightning.strategies.pipeline.agreement import broadcast_plain
+from danon_lightning.strategies.process_groups import GroupReference
 
 
 class SharedMetrics:
@@ -28,8 +30,8 @@ class SharedMetrics:
         self,
         module: nn.Module,
         source: int,
-        pipeline: dist.ProcessGroup,
-        replicas: dist.ProcessGroup | None,
+        pipeline: GroupReference,
+        replicas: GroupReference | None,
         device: torch.device,
     ) -> None:
         """See the class."""
@@ -38,9 +40,10 @@ class SharedMetrics:
         self._metrics = {name: metric for name, metric in module.named_modules() if isinstance(metric, Metric)}
         self.paths = {id(metric): name for name, metric in self._metrics.items()}
         for metric in self._metrics.values():
-            metric.process_group = replicas
             if replicas is None:
                 metric.distributed_available_fn = _no
+            else:
+                metric.dist_sync_fn = _gathering_over(replicas, metric.dist_sync_fn or gather_all_tensors)
             metric.compute = self._shared(metric, metric.compute)  # type: ignore[method-assign]
         for part in module.modules():
             if isinstance(part, (Metric, MetricCollection)):
@@ -61,10 +64,10 @@ class SharedMetrics:
             if self._in_step:
                 return compute()
             mine = None
-            if dist.get_rank(self._pipeline) == self._source:
+            if dist.get_rank(self._pipeline()) == self._source:
                 with self.step():  # a metric may compute others
                     mine = compute()
-            value = broadcast_plain(mine, self._source, self._pipeline, self._device)
+            value = broadcast_plain(mine, self._source, self._pipeline(), self._device)
             metric._computed = value
             return value
 
@@ -81,6 +84,13 @@ def _given_data(metric: Metric | MetricCollection, method: Callable[..., Any]) -
         return dict.fromkeys(metric.keys(), nothing) if isinstance(metric, MetricCollection) else nothing
 
     return only_with_data
+
+
+def _gathering_over(replicas: GroupReference, gather: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
+    def gather_over_replicas(tensor: Tensor, group: dist.ProcessGroup | None = None) -> list[Tensor]:
+        return gather(tensor, group=group or replicas())
+
+    return gather_over_replicas
 
 
 def _no() -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -17,7 +18,15 @@ from danon_lightning.strategies.pipeline.recording import TensorMeta
 from danon_lightning.strategies.pipeline.schedules import Schedule
 from danon_lightning.strategies.pipeline.stage import StagedModule
 from danon_lightning.strategies.pipeline.timeline import Stopwatch
-from danon_lightning.strategies.pipeline.torch_pipelining import ScheduledStage, build_schedule, run_schedule
+from danon_lightning.strategies.pipeline.torch_pipelining import (
+    ScheduledStage,
+    as_in_memory,
+    build_schedule,
+    laid_out,
+    no_view,
+    run_schedule,
+)
+from danon_lightning.strategies.process_groups import GroupReference
 
 
 @dataclass
@@ -54,7 +63,7 @@ class Pipeline:
         """
         if staged.cuts.stages != schedule.stages:
             raise ValueError(f"the module is cut into {staged.cuts.stages} stages, the schedule has {schedule.stages}")
-        self._staged, self._schedule, self._group = staged, schedule, group
+        self._staged, self._schedule, self._group = staged, schedule, GroupReference(group)
         self._device = torch.device(device)
         self._rank = dist.get_rank(group)
         self.stages = schedule.stages_of(self._rank)
@@ -63,6 +72,7 @@ class Pipeline:
             ScheduledStage(_StageModule(self, stage), stage, schedule.stages, self._device, group)
             for stage in self.stages
         ]
+        self._on_several_ranks = self._find_shared()
         self._prepared: dict[int, Any] = {}
         self._batch: _Batch | None = None
 
@@ -83,6 +93,7 @@ class Pipeline:
         before = {name: self._staged.parameter(name) for name in owners}
         self._staged.owners = owners
         self._staged.release(self.stages, self._device)
+        self._on_several_ranks = self._find_shared()
         released = {}
         for name, parameter in before.items():
             if parameter is not None and self._staged.parameter(name) is None:
@@ -207,27 +218,30 @@ class Pipeline:
                 parameter.grad = self._receive_gradient(parameter, first)
 
     def _send_gradient(self, gradient: Tensor | None, rank: int) -> None:
-        dist.send(torch.tensor([gradient is not None], device=self._device).int(), group=self._group, group_dst=rank)
+        dist.send(torch.tensor([gradient is not None], device=self._device).int(), group=self._group(), group_dst=rank)
         if gradient is not None:
-            dist.send(gradient.contiguous(), group=self._group, group_dst=rank)
+            dist.send(gradient.contiguous(), group=self._group(), group_dst=rank)
 
     def _receive_gradient(self, parameter: Tensor, rank: int) -> Tensor | None:
         is_there = torch.zeros(1, dtype=torch.int32, device=self._device)
-        dist.recv(is_there, group=self._group, group_src=rank)
+        dist.recv(is_there, group=self._group(), group_src=rank)
         if not is_there:
             return None
         gradient = torch.empty(parameter.shape, dtype=parameter.dtype, device=self._device)
-        dist.recv(gradient, group=self._group, group_src=rank)
+        dist.recv(gradient, group=self._group(), group_src=rank)
         return gradient
 
     @property
     def _shared(self) -> list[tuple[nn.Parameter, list[int]]]:
-        """Parameters and the ranks that hold them, of those that this rank holds and others too."""
+        """Parameters that are trained and the ranks that hold them, of those that this rank holds and others too."""
+        return [(parameter, ranks) for parameter, ranks in self._on_several_ranks if parameter.requires_grad]
+
+    def _find_shared(self) -> list[tuple[nn.Parameter, list[int]]]:
         found = []
         for name, stages in shared(self._staged.owners).items():
             ranks = sorted({self._schedule.rank_of(stage) for stage in stages})
             parameter = self._staged.parameter(name) if self._rank in ranks and len(ranks) > 1 else None
-            if parameter is not None and parameter.requires_grad:
+            if parameter is not None:
                 found.append((parameter, ranks))
         return found
 
@@ -239,12 +253,12 @@ class Pipeline:
         try:
             result = self._staged.forward(stage, batch.micro_batches[index], received, factors)
             if stage < self._schedule.stages - 1:
-                return result
+                return tuple(no_view(tensor) for tensor in result)
             loss = loss_of(result)
         except BaseException as error:
             batch.error = error
             raise
-        batch.results.append(_without_graph(result))
+        batch.results.append(apply_to_collection(result, Tensor, Tensor.detach))
         return loss * (batch.weights[index] * batch.scale)
 
     def _loss_factors(self, micro_batches: Sequence[MicroBatch], weights: Sequence[float]) -> list[list[float]] | None:
@@ -259,18 +273,14 @@ class Pipeline:
 
     def _receive(self, rank: int, metas: Sequence[TensorMeta]) -> tuple[list[dist.Work], tuple[Tensor, ...]]:
         buffers = tuple(torch.empty_like(meta.meta, device=self._device) for meta in metas)
-        works = [dist.irecv(buffer, group=self._group, group_src=rank) for buffer in buffers]
+        works = [dist.irecv(as_in_memory(buffer), group=self._group(), group_src=rank) for buffer in buffers]
         return [work for work in works if work is not None], buffers
 
     def _send(self, rank: int, tensors: Sequence[Tensor], metas: Sequence[TensorMeta]) -> list[dist.Work]:
         works = []
         for tensor, meta in zip(tensors, metas, strict=True):
-            buffer = torch.empty_like(meta.meta, device=self._device)
-            if buffer.stride() == tensor.stride():
-                buffer = tensor.detach()
-            else:
-                buffer.copy_(tensor)
-            works.append(dist.isend(buffer, group=self._group, group_dst=rank))
+            sent = laid_out(tensor.detach(), torch.empty_like(meta.meta).stride())
+            works.append(dist.isend(as_in_memory(sent), group=self._group(), group_dst=rank))
         return [work for work in works if work is not None]
 
 
@@ -307,12 +317,6 @@ def loss_of(result: object) -> Tensor:
             "a step cannot be skipped by returning None"
         )
     return loss
-
-
-def _without_graph(result: Any) -> Any:
-    if isinstance(result, Mapping):
-        return {key: _without_graph(value) for key, value in result.items()}
-    return result.detach() if isinstance(result, Tensor) else result
 
 
 def _metas(expected: Sequence[Sequence[TensorMeta]]) -> list[list[Tensor]]:

@@ -1,12 +1,13 @@
 """Random numbers that depend on step, micro-batch and block only, and so are the same for every cut."""
 
-import hashlib
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy
 import torch
+
+from danon_lightning.strategies.seeds import seed_from
 
 # In the place of a block, for what is drawn before the first one.
 HEAD = -1
@@ -20,8 +21,7 @@ def reseed(seed: int, micro_batch: int, block: int) -> None:
         micro_batch: Index of the micro-batch in the step.
         block: The block that has just been called, or :data:`HEAD`.
     """
-    digest = hashlib.blake2b(f"{seed} {micro_batch} {block}".encode(), digest_size=8).digest()
-    number = int.from_bytes(digest, "little") >> 1  # torch takes 64 bits with a sign
+    number = seed_from(seed, micro_batch, block)
     # torch.manual_seed formats a stack trace at every call where CUDA is not in use: a millisecond for each block.
     torch.default_generator.manual_seed(number)
     if torch.cuda.is_initialized():

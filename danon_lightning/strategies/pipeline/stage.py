@@ -34,6 +34,7 @@ class StagedModule:
         """
         self.root, self.blocks, self.cuts, self.owners = root, blocks, cuts, owners
         self._slots = find_slots(root)
+        self._first_names = {name: first for first, slot in self._slots.items() for name in slot.names}
         self._of_blocks = blocks_of_slots(self._slots, blocks.modules)
         self._passage: Passage | None = None
 
@@ -73,10 +74,8 @@ class StagedModule:
         Args:
             name: Any of its full names.
         """
-        for first, slot in self._slots.items():
-            if name in slot.names:
-                return self.owners[first][0]
-        return None
+        first = self._first_names.get(name)
+        return None if first is None else self.owners[first][0]
 
     def placeholder(self, name: str) -> Tensor:
         """What stands in the place of a parameter that this process does not hold.

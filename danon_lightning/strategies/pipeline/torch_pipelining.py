@@ -17,6 +17,7 @@ from torch.distributed.pipelining.stage import _PipelineStageBase, _RecvInfo
 from typing_extensions import override
 
 from danon_lightning.strategies.pipeline.timeline import Stopwatch
+from danon_lightning.strategies.process_groups import GroupReference
 
 
 class ScheduledStage(_PipelineStageBase):
@@ -41,6 +42,15 @@ class ScheduledStage(_PipelineStageBase):
         """
         super().__init__(module, index, stages, device, group)
         self.stopwatch: Stopwatch | None = None
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The ranks of the pipeline."""
+        return self._group()
+
+    @group.setter
+    def group(self, group: dist.ProcessGroup) -> None:
+        self._group = GroupReference(group)
 
     def _measuring(self, kind: str, chunk: int) -> AbstractContextManager[None]:
         return nullcontext() if self.stopwatch is None else self.stopwatch.measuring(self.stage_index, kind, chunk)
@@ -96,12 +106,12 @@ class ScheduledStage(_PipelineStageBase):
     @override
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         self._allocate(self.args_recv_info[fwd_chunk_id])
-        return super().get_fwd_recv_ops(fwd_chunk_id)
+        return _as_in_memory(super().get_fwd_recv_ops(fwd_chunk_id))
 
     @override
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         self._allocate(self.grad_recv_info[bwd_chunk_id])
-        return super().get_bwd_recv_ops(bwd_chunk_id)
+        return _as_in_memory(super().get_bwd_recv_ops(bwd_chunk_id))
 
     @override
     def set_local_bwd_input(self, next_stage_bwd_outputs: tuple[Tensor | None, ...], mb_index: int) -> None:
@@ -146,6 +156,7 @@ class ScheduledStage(_PipelineStageBase):
 
     @override
     def _create_grad_recv_info(self, act_send_info: dict[int, Any]) -> tuple[_RecvInfo, ...]:
+        """torch demands it, and calls it where it would learn the shapes: never here."""
         raise NotImplementedError
 
     def _allocate(self, infos: Sequence[_RecvInfo]) -> None:
@@ -202,7 +213,47 @@ def _forget(infos: Sequence[_RecvInfo]) -> None:
 def _laid_out(ops: list[dist.P2POp], metas: Sequence[Any]) -> list[dist.P2POp]:
     """Sends, of tensors with the strides that the receiver has. Those of a gradient are anyone's guess."""
     for op, meta in zip(ops, metas, strict=True):
-        if op.tensor.stride() != meta.stride:
-            laid_out = torch.empty_strided(meta.shape, meta.stride, dtype=meta.dtype, device=op.tensor.device)
-            op.tensor = laid_out.copy_(op.tensor)
+        op.tensor = laid_out(op.tensor, meta.stride)
+    return _as_in_memory(ops)
+
+
+def _as_in_memory(ops: list[dist.P2POp]) -> list[dist.P2POp]:
+    for op in ops:
+        op.tensor = as_in_memory(op.tensor)
     return ops
+
+
+def laid_out(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """The tensor, copied if it has other strides.
+
+    Args:
+        tensor: Any.
+        stride: Those that are wanted.
+    """
+    if tensor.stride() == stride:
+        return tensor
+    return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+def no_view(tensor: Tensor) -> Tensor:
+    """The tensor, as something that torch's stages can detach in place when they have done with it: no view."""
+    return _Detachable.apply(tensor) if tensor.requires_grad and tensor._is_view() else tensor
+
+
+class _Detachable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+def as_in_memory(tensor: Tensor) -> Tensor:
+    """A contiguous view, as gloo wants it: the dimensions in the order in which they lie in memory.
+
+    Args:
+        tensor: Without gaps or overlaps.
+    """
+    return tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))

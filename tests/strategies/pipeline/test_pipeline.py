@@ -8,7 +8,16 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent))  # each rank imports this file anew, and its neighbours with it
-from staged_models import GPT, BiasFromFirst, CheckpointedGPT, CrossAttending, MaskedGPT, MixtureGPT, VisionTransformer
+from staged_models import (
+    GPT,
+    BiasFromFirst,
+    CheckpointedGPT,
+    CrossAttending,
+    MaskedGPT,
+    MixtureGPT,
+    TransposingGPT,
+    VisionTransformer,
+)
 from staged_runs import make_batch, run_plainly, split
 
 from danon_lightning.strategies.pipeline.blocks import find_blocks
@@ -33,6 +42,7 @@ MODELS = {
     "bias made by the first block": BiasFromFirst,
     "checkpointing in user code": CheckpointedGPT,
     "experts chosen by value": MixtureGPT,
+    "dimensions in another order in memory": TransposingGPT,
 }
 
 
@@ -134,10 +144,10 @@ def test_every_kind_of_model_goes_through():
 
 
 def compare_evaluation():
-    for name in SCHEDULES:
+    for name, cls in [*((name, GPT) for name in SCHEDULES), ("1f1b", TransposingGPT)]:
         batch = make_batch(7)
-        plain = make(GPT, layers=8)
-        job = Job(make(GPT, layers=8), resolve(name), [batch], [4], step=lambda model, part: {"out": model(*part)})
+        plain = make(cls, layers=8)
+        job = Job(make(cls, layers=8), resolve(name), [batch], [4], step=lambda model, part: {"out": model(*part)})
         with torch.no_grad():
             results = job.pipeline.evaluate(job.micro_batches(0), job.weights(0))
             expected = [plain(*part) for part in job.parts[0]]
