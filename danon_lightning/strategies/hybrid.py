@@ -2,7 +2,7 @@
 
 import atexit
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, ClassVar, Literal
@@ -71,8 +71,15 @@ class DanonHybridStrategy(DDPStrategy):
         stages_per_rank: Number of stages of each rank, for schedules that take several; None for two of them.
         pipeline_layers: Dotted name of the ``nn.Sequential`` or ``nn.ModuleList`` whose layers are shared out, such as
             "model.layers"; None to find it.
-        stage_cut: "auto" for stages with about as many parameters each; or the first layer of each stage but the first:
+        stage_cut: "parameters" for stages with about as many parameters each; "measured" for stages that take about as
+            long, by some runs of the first micro-batch at set-up; or the first layer of each stage but the first:
             ``[3, 7]`` for three stages with layers 0 to 2, 3 to 6, and 7 onwards.
+        pipeline_placement: Whether the ranks of a pipeline are on one node, as far as they fit there, or on several
+            ones, and the replicas of a stage on one. "auto" for what sends fewer bytes from node to node, as far as the
+            first batch tells.
+        microbatch_weight: For losses that take a mean in code of their own, over something else than samples: gives,
+            for a micro-batch, by how much that mean is divided, such as the number of labelled tokens. Loss and logged
+            means of micro-batches are weighted with it. Not needed for losses of ``torch.nn.functional``.
         activation_checkpointing: True to keep only what enters each layer, and run it once more in the backward pass;
             "offload" to keep that in the memory of the host. Not with zero-bubble schedules.
         accelerator: As for every strategy of Lightning; this and the following are usually left to the Trainer.
@@ -115,7 +122,9 @@ class DanonHybridStrategy(DDPStrategy):
         schedule: str = "1f1b",
         stages_per_rank: int | None = None,
         pipeline_layers: str | None = None,
-        stage_cut: Literal["auto"] | Sequence[int] = "auto",
+        stage_cut: Literal["parameters", "measured"] | Sequence[int] = "parameters",
+        pipeline_placement: Literal["auto", "inside_nodes", "across_nodes"] = "auto",
+        microbatch_weight: Callable[[Any], float | Tensor] | None = None,
         activation_checkpointing: bool | Literal["offload"] = False,
         accelerator: pl.accelerators.Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
@@ -155,7 +164,9 @@ class DanonHybridStrategy(DDPStrategy):
         self._pipeline_parallel_size = pipeline_parallel_size
         self._schedule = resolve_schedule(schedule, pipeline_parallel_size, stages_per_rank)
         self._pipeline_layers, self._stage_cut = pipeline_layers, stage_cut
-        self._activation_checkpointing = activation_checkpointing
+        self._pipeline_placement = pipeline_placement
+        self._pipelines_across_nodes = pipeline_placement == "across_nodes"
+        self._microbatch_weight, self._activation_checkpointing = microbatch_weight, activation_checkpointing
         self._num_microbatches = 4 * self._schedule.stages if num_microbatches == "auto" else num_microbatches
         self._check_pipeline()
 
@@ -166,22 +177,34 @@ class DanonHybridStrategy(DDPStrategy):
         checkpoints = self._activation_checkpointing
         if checkpoints not in (True, False, "offload"):
             raise ValueError(f"activation_checkpointing={checkpoints!r} must be True, False or 'offload'")
-        if size == 1 and (self._pipeline_layers is not None or self._stage_cut != "auto" or checkpoints):
+        if self._pipeline_placement not in ("auto", "inside_nodes", "across_nodes"):
             raise ValueError(
-                "pipeline_layers, stage_cut and activation_checkpointing are for pipeline stages: set "
-                "pipeline_parallel_size to 2 or more"
+                f"pipeline_placement={self._pipeline_placement!r} must be 'auto', 'inside_nodes' or 'across_nodes'"
             )
+        for_stages = {
+            "pipeline_layers": self._pipeline_layers is not None,
+            "stage_cut": self._stage_cut != "parameters",
+            "pipeline_placement": self._pipeline_placement != "auto",
+            "microbatch_weight": self._microbatch_weight is not None,
+            "activation_checkpointing": bool(checkpoints),
+        }
+        if size == 1 and any(for_stages.values()):
+            names = " and ".join(name for name, is_set in for_stages.items() if is_set)
+            raise ValueError(f"{names} are for pipeline stages: set pipeline_parallel_size to 2 or more")
         if checkpoints and self._schedule.splits_backward:
             raise ValueError(
                 f"activation_checkpointing={checkpoints!r} cannot be used with schedule={self._schedule.name!r}, which "
                 "runs the backward pass of a layer in two parts: take '1f1b' or 'interleaved_1f1b'"
             )
-        if self._stage_cut != "auto":
+        if isinstance(self._stage_cut, str):
+            if self._stage_cut not in ("parameters", "measured"):
+                raise ValueError(f"stage_cut={self._stage_cut!r} must be 'parameters', 'measured' or a list of layers")
+        else:
             cut, stages = list(self._stage_cut), self._schedule.stages
             if len(cut) != stages - 1 or cut != sorted(set(cut)) or min(cut) < 1:
                 raise ValueError(
                     f"stage_cut={self._stage_cut!r} must give the first layers of stages 1 to {stages - 1}, ascending, "
-                    f"or be 'auto'"
+                    "or be 'parameters' or 'measured'"
                 )
 
     @classmethod
@@ -203,7 +226,13 @@ class DanonHybridStrategy(DDPStrategy):
         Raises:
             ValueError: If the ranks cannot be laid out evenly over the nodes.
         """
-        return Mesh.from_world(self.world_size, self.num_nodes, self.global_rank, self._pipeline_parallel_size)
+        return Mesh.from_world(
+            self.world_size,
+            self.num_nodes,
+            self.global_rank,
+            self._pipeline_parallel_size,
+            self._pipelines_across_nodes,
+        )
 
     @property
     @override

@@ -8,13 +8,16 @@ class Mesh:
     """The layout of a job's ranks, as seen from one of them.
 
     Ranks are numbered node by node: rank = node · ranks_per_node + local rank. The ranks of a pipeline, which hold one
-    replica of the model between them, follow one another: rank = replica · pipeline_parallel_size + pipeline rank.
+    replica of the model between them, follow one another: rank = replica · pipeline_parallel_size + pipeline rank. So
+    pipelines are inside nodes as far as possible. Or the ranks that hold the same part of the model follow one another:
+    rank = pipeline rank · data_parallel_size + replica. So these are inside nodes, and pipelines across them.
 
     Args:
         num_nodes: Number of nodes (hosts), at least 1.
         ranks_per_node: Number of ranks (processes, one a device) on each node, at least 1.
         rank: Global rank of this process.
         pipeline_parallel_size: Number of ranks that share a replica.
+        pipelines_across_nodes: Whether pipelines are across nodes.
 
     Raises:
         ValueError: If a size is not positive, ``rank`` lies outside the mesh, or the ranks cannot be shared out evenly
@@ -25,6 +28,7 @@ class Mesh:
     ranks_per_node: int
     rank: int
     pipeline_parallel_size: int = 1
+    pipelines_across_nodes: bool = False
 
     def __post_init__(self) -> None:
         """Check the sizes."""
@@ -43,14 +47,23 @@ class Mesh:
                 f"pipeline_parallel_size={size} must divide the number of ranks, {self.world_size}: each replica of "
                 "the model takes that many"
             )
-        if self.ranks_per_node % size and size % self.ranks_per_node:
+        together = self.data_parallel_size if self.pipelines_across_nodes else size
+        if self.ranks_per_node % together and together % self.ranks_per_node:
+            what = "ranks that hold the same layers" if self.pipelines_across_nodes else "pipeline_parallel_size"
             raise ValueError(
-                f"pipeline_parallel_size={size} must divide the number of ranks on a node, {self.ranks_per_node}, or "
-                "be a multiple of it: a replica shall take whole nodes, or a node whole replicas"
+                f"{what}={together} must divide the number of ranks on a node, {self.ranks_per_node}, or be a multiple "
+                "of it: they shall take whole nodes, or a node whole groups of them"
             )
 
     @classmethod
-    def from_world(cls, world_size: int, num_nodes: int, rank: int, pipeline_parallel_size: int = 1) -> "Mesh":
+    def from_world(
+        cls,
+        world_size: int,
+        num_nodes: int,
+        rank: int,
+        pipeline_parallel_size: int = 1,
+        pipelines_across_nodes: bool = False,
+    ) -> "Mesh":
         """Lay ``world_size`` ranks out over ``num_nodes`` nodes.
 
         Raises:
@@ -61,7 +74,7 @@ class Mesh:
                 f"world size {world_size} does not divide over num_nodes={num_nodes}: start the same number of ranks "
                 f"on every node (a world size of {_nearest_multiple(world_size, num_nodes)}), or change num_nodes"
             )
-        return cls(num_nodes, world_size // num_nodes, rank, pipeline_parallel_size)
+        return cls(num_nodes, world_size // num_nodes, rank, pipeline_parallel_size, pipelines_across_nodes)
 
     @property
     def world_size(self) -> int:
@@ -86,20 +99,30 @@ class Mesh:
     @property
     def data_parallel_rank(self) -> int:
         """Which replica this rank belongs to: what a sampler shares the data out by."""
+        if self.pipelines_across_nodes:
+            return self.rank % self.data_parallel_size
         return self.rank // self.pipeline_parallel_size
 
     @property
     def pipeline_rank(self) -> int:
         """Which of the ranks that share its replica this one is."""
+        if self.pipelines_across_nodes:
+            return self.rank // self.data_parallel_size
         return self.rank % self.pipeline_parallel_size
+
+    def rank_at(self, replica: int, pipeline_rank: int) -> int:
+        """The global rank that holds a part of a replica."""
+        if self.pipelines_across_nodes:
+            return pipeline_rank * self.data_parallel_size + replica
+        return replica * self.pipeline_parallel_size + pipeline_rank
 
     def ranks_of_replica(self, replica: int) -> list[int]:
         """Global ranks that share one replica, in the order of the pipeline."""
-        return [replica * self.pipeline_parallel_size + rank for rank in range(self.pipeline_parallel_size)]
+        return [self.rank_at(replica, rank) for rank in range(self.pipeline_parallel_size)]
 
     def ranks_across_replicas(self, pipeline_rank: int) -> list[int]:
         """Global ranks that hold the same part of the model, one a replica, in order."""
-        return [replica * self.pipeline_parallel_size + pipeline_rank for replica in range(self.data_parallel_size)]
+        return [self.rank_at(replica, pipeline_rank) for replica in range(self.data_parallel_size)]
 
     def node_of(self, rank: int) -> int:
         """Index of the node that ``rank`` runs on."""
@@ -112,6 +135,8 @@ class Mesh:
     @property
     def replicas_per_node(self) -> int:
         """Ranks of a node that hold the same part of the model: 1 also where a replica takes several nodes."""
+        if self.pipelines_across_nodes:
+            return min(self.ranks_per_node, self.data_parallel_size)
         return max(1, self.ranks_per_node // self.pipeline_parallel_size)
 
     def groups_of_replicas(self) -> list[list[int]]:

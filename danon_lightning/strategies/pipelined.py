@@ -10,9 +10,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from fairscale.nn.checkpoint import checkpoint_wrapper
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.seed import pl_worker_init_function
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
@@ -21,23 +19,21 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from danon_lightning.strategies.hybrid import DanonHybridStrategy
-from danon_lightning.strategies.pipeline.absent import Absent
 from danon_lightning.strategies.pipeline.agreement import broadcast_plain
-from danon_lightning.strategies.pipeline.balance import balanced_cuts, cut_table, parameter_costs, suggested_cuts
-from danon_lightning.strategies.pipeline.batches import check_alike, join_results, split_batch, weighted_mean
-from danon_lightning.strategies.pipeline.blocks import Blocks, find_blocks
+from danon_lightning.strategies.pipeline.balance import Costs, cut_table, parameter_costs, suggested_cuts
+from danon_lightning.strategies.pipeline.blocks import Blocks
 from danon_lightning.strategies.pipeline.checkpoint import gather_plain, load_own
-from danon_lightning.strategies.pipeline.dry_run import batch_signature, dry_run
 from danon_lightning.strategies.pipeline.initialization import made_in_part, reproducible
-from danon_lightning.strategies.pipeline.logged import Logged, captured, number_of, replay, tensor_of
 from danon_lightning.strategies.pipeline.metrics import SharedMetrics
+from danon_lightning.strategies.pipeline.norms import agreeing_on_overflow, clip_by_total_norm
 from danon_lightning.strategies.pipeline.ownership import find_owners, owners_before_use
-from danon_lightning.strategies.pipeline.passage import MicroBatch
-from danon_lightning.strategies.pipeline.pipeline import Pipeline, loss_of
-from danon_lightning.strategies.pipeline.recording import Cuts, Recording
+from danon_lightning.strategies.pipeline.pipeline import Pipeline
+from danon_lightning.strategies.pipeline.planning import belongs_across_nodes, blocks_for, choose_cuts
+from danon_lightning.strategies.pipeline.recording import Cuts
+from danon_lightning.strategies.pipeline.refusals import check_optimizers, check_trainer, check_whole
 from danon_lightning.strategies.pipeline.stage import StagedModule
+from danon_lightning.strategies.pipeline.steps import TRAINING, Steps
 from danon_lightning.strategies.pipeline.timeline import Pass, Stopwatch, gather_passes
-from danon_lightning.strategies.pipeline.torch_internals import overflow_flags
 from danon_lightning.strategies.process_groups import GroupReference, own_group
 from danon_lightning.strategies.seeds import seed_from
 
@@ -52,10 +48,11 @@ class PipelinedStrategy(DanonHybridStrategy):
     _blocks: Blocks
     _pipeline: Pipeline
     _metrics: SharedMetrics
-    _logged: Logged | None = None
+    _steps: Steps
+    _costs: Costs | None = None
     _made_in_part: Collection[str] = ()
-    _measures = False
-    _steps = _evaluations = 0
+    _is_placed = _measures = False
+    _trained = _evaluated = 0
     _measured: Sequence[Pass] = ()
 
     @override
@@ -77,7 +74,7 @@ class PipelinedStrategy(DanonHybridStrategy):
 
         def own_parameters() -> list[str]:
             self._made_in_part = {name for name, parameter in module.named_parameters() if parameter.is_meta}
-            blocks, cuts = self._find_cuts(module)
+            blocks, cuts = self._decide(module)
             own = set(self._schedule.stages_of(self.mesh.pipeline_rank))
             owners = owners_before_use(module, blocks, cuts)
             return [name for name, stages in owners.items() if own & set(stages)]
@@ -91,16 +88,12 @@ class PipelinedStrategy(DanonHybridStrategy):
         """Cut the module, and let go of what other ranks hold."""
         assert self.accelerator is not None and self.lightning_module is not None
         self.accelerator.setup(trainer)
-        self._refuse_what_cannot_work(trainer)
+        check_trainer(trainer, syncs_batch_norm=self._layer_sync is not None)
         module = self.lightning_module
         if self._staged is None or self._staged.root is not module:
             self.precision_plugin.convert_module(module)
+            check_whole(module)
             for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-                if isinstance(tensor, Absent):
-                    raise ValueError(
-                        f"{name} of {type(module).__name__} is on another rank: the module has been trained with "
-                        "pipeline stages by another Trainer. Use that one, or load a checkpoint into a new module"
-                    )
                 if name not in self._made_in_part:
                     tensor.data = tensor.data.to(self.root_device)
                     dist.broadcast(tensor.data, 0)
@@ -109,70 +102,50 @@ class PipelinedStrategy(DanonHybridStrategy):
         self.precision_plugin.clip_grad_by_norm = self._clip_by_norm  # type: ignore[method-assign]
         scaler = self._scaler()
         if scaler is not None:
-            scaler.unscale_ = self._agreeing_on_overflow(scaler)  # type: ignore[assignment, method-assign]
+            scaler.unscale_ = agreeing_on_overflow(scaler, self.root_device)  # type: ignore[assignment, method-assign]
         if trainer.state.fn == TrainerFn.FITTING:
             self._communicator = self._make_communicator(module) if self.mesh.data_parallel_size > 1 else None
             self.setup_optimizers(trainer)
-            self._refuse_optimizers()
+            check_optimizers(self.optimizers, self._scaler())
         self.setup_precision_plugin()
 
-    def _refuse_what_cannot_work(self, trainer: pl.Trainer) -> None:
-        assert self.lightning_module is not None
-        fits = trainer.state.fn == TrainerFn.FITTING
-        if fits and not self.lightning_module.automatic_optimization:
-            raise MisconfigurationException(
-                f"pipeline_parallel_size={self._pipeline_parallel_size} needs automatic optimization, but "
-                f"{type(self.lightning_module).__name__} sets automatic_optimization=False: its training_step would "
-                "call backward() on ranks that have no loss"
+    def _decide(self, module: pl.LightningModule) -> tuple[Blocks, Cuts]:
+        """Where to cut, and which ranks are a pipeline."""
+        schedule, device = self._schedule, self.root_device
+        blocks = blocks_for(module, self._pipeline_layers, schedule)
+        cuts, self._costs = choose_cuts(
+            module, blocks, schedule.stages, self._stage_cut, self._num_microbatches, device
+        )
+        fits = module.trainer.state.fn == TrainerFn.FITTING
+        if fits and self._pipeline_placement == "auto" and not self._is_placed:
+            self._pipelines_across_nodes = belongs_across_nodes(
+                module,
+                blocks,
+                cuts,
+                schedule,
+                self.mesh,
+                compressor=self._compressor,
+                hierarchical=self._hierarchical,
+                device=device,
             )
-        if self._layer_sync is not None or any(
-            isinstance(part, nn.SyncBatchNorm) for part in self.lightning_module.modules()
-        ):
-            raise MisconfigurationException(
-                "SyncBatchNorm (sync_batchnorm=True) talks to all ranks, but those of a pipeline run different layers: "
-                "use BatchNorm, which sees the micro-batches of one replica, or another norm"
-            )
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)):
-                raise MisconfigurationException(
-                    f"{type(callback).__name__} copies the whole module, of which a rank of a pipeline holds a part "
-                    f"only: remove it, or train with pipeline_parallel_size=1"
-                )
+        self._is_placed = True
+        return blocks, cuts
 
-    def _refuse_optimizers(self) -> None:
-        for optimizer in self.optimizers:
-            name = type(optimizer).__name__
-            if isinstance(optimizer, torch.optim.LBFGS):
-                raise MisconfigurationException(
-                    f"{name} decides by its own parameters how often it runs a step, but a rank of a pipeline has some "
-                    "of them only: take another optimizer"
-                )
-            if self._scaler() is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
-                raise MisconfigurationException(
-                    f"a fused {name} looks for overflows by itself, on each rank alone: set fused=False, or take "
-                    "precision='bf16-mixed'"
-                )
-
-    def _find_cuts(self, module: pl.LightningModule) -> tuple[Blocks, Cuts]:
-        schedule, blocks = self._schedule, find_blocks(module, self._pipeline_layers)
-        if len(blocks) < schedule.stages:
-            raise ValueError(
-                f"{blocks.name!r} has {len(blocks)} layers, too few for {schedule.stages} stages "
-                f"(pipeline_parallel_size={schedule.ranks}, {schedule.stages_per_rank} a rank)"
-            )
-        if self._stage_cut == "auto":
-            return blocks, balanced_cuts(parameter_costs(module, blocks), schedule.stages)
-        return blocks, Cuts.checked((0, *self._stage_cut, len(blocks)), len(blocks))
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """What a sampler is keyed on. Whoever has asked builds on it, so it must not change any more."""
+        self._is_placed = True
+        return super().distributed_sampler_kwargs
 
     def _cut(self, module: pl.LightningModule) -> None:
         """Decide which rank holds what."""
-        mesh, schedule = self.mesh, self._schedule
-        self._blocks, cuts = self._find_cuts(module)
-        blocks = self._blocks
+        blocks, cuts = self._decide(module)
+        schedule, mesh = self._schedule, self.mesh
         if self.is_global_zero:
-            Console().print(cut_table(blocks, schedule, cuts, parameter_costs(module, blocks)))
-        self._recordings: dict[Any, Recording] = {}
+            Console().print(cut_table(module, blocks, schedule, cuts, self._costs))
         self._settled = False
+        self._blocks = blocks
         self._staged = StagedModule(module, blocks, cuts, owners_before_use(module, blocks, cuts))
         replicas = [mesh.ranks_of_replica(replica) for replica in range(mesh.data_parallel_size)]
         _, pipeline_group = own_group(replicas, mesh.rank, None, self._timeout)
@@ -187,7 +160,16 @@ class PipelinedStrategy(DanonHybridStrategy):
                     checkpoint_wrapper(blocks.modules[index], self._activation_checkpointing == "offload")
         last = schedule.rank_of(schedule.stages - 1)
         self._metrics = SharedMetrics(module, last, self._pipeline_group, self._replica_group, self.root_device)
-        self._last = last
+        self._steps = Steps(
+            module,
+            blocks,
+            self._pipeline,
+            self._metrics,
+            self._pipeline_group,
+            self.root_device,
+            self._num_microbatches,
+            self._microbatch_weight,
+        )
         self._seed = self._shared_seed()
         self._held_back: list[Tensor | None] | None = None
         self._synchronizes = True
@@ -206,37 +188,29 @@ class PipelinedStrategy(DanonHybridStrategy):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run forward and backward passes of all micro-batches. :meth:`backward` hands the gradients over."""
         assert self.lightning_module is not None and self._staged is not None
-        accumulated = self.lightning_module.trainer.accumulate_grad_batches
-        micro_batches, sizes = self._micro_batches("training_step", args, self.precision_plugin.train_step_context)
+        trainer = self.lightning_module.trainer
+        seed = self._seed_of(TRAINING, trainer.fit_loop.epoch_loop.total_batch_idx)
+        batch = self._steps.prepare(TRAINING, args, self.precision_plugin.train_step_context, seed)
         if not self._settled:
             self._settle()
-        weights = [size / sum(sizes) for size in sizes]
         # Lightning resets gradients after this method, and adds to those of earlier batches in backward.
         parameters = list(self._own_parameters())
         before = [parameter.grad for parameter in parameters]
         for parameter in parameters:
             parameter.grad = None
-        with self._logging() as logged:
-            stopwatch = Stopwatch(self.root_device) if self._measures else None
-            results = self._pipeline.train(micro_batches, weights, self._loss_scale() / accumulated, stopwatch)
+        stopwatch = Stopwatch(self.root_device) if self._measures else None
+        result = self._steps.train(batch, self._loss_scale() / trainer.accumulate_grad_batches, stopwatch)
         if stopwatch is not None:
             self._measured, self._measures = stopwatch.passes(), False
-        self._steps += 1
-        if self._steps == _MEASURED_STEP - 1:
+        self._trained += 1
+        if self._trained == _MEASURED_STEP - 1:
             self.measure_pipeline()
-        elif self._steps == _MEASURED_STEP:
+        elif self._trained == _MEASURED_STEP:
             self._suggest_cuts()
         self._held_back = [parameter.grad for parameter in parameters]
         for parameter, gradient in zip(parameters, before, strict=True):
             parameter.grad = gradient
-        found = {}
-        if results:
-            losses = [loss_of(result) for result in results]
-            found["loss"] = number_of(weighted_mean([float(loss) for loss in losses], sizes), losses[0])
-        loss = tensor_of(self._agree(found, logged, sizes)["loss"], self.root_device).requires_grad_()
-        if results and isinstance(results[0], Mapping):
-            return {**join_results(results, sizes), "loss": loss}
-        return loss
+        return result
 
     def _suggest_cuts(self) -> None:
         """Say so if the stages have unevenly much to do."""
@@ -245,7 +219,7 @@ class PipelinedStrategy(DanonHybridStrategy):
         seconds = [0.0] * cuts.stages
         for one in (one for passes in ranks for one in passes):
             seconds[one.stage] += one.end - one.start
-        better = suggested_cuts(parameter_costs(self._staged.root, self._blocks), cuts, seconds)
+        better = suggested_cuts(self._costs or parameter_costs(self._staged.root, self._blocks), cuts, seconds)
         if better is not None:
             shares = ", ".join(f"{took / sum(seconds):.0%}" for took in seconds)
             rank_zero_warn(
@@ -274,78 +248,34 @@ class PipelinedStrategy(DanonHybridStrategy):
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run forward passes. All ranks of the pipeline get the result."""
-        result = self._evaluate("predict_step", args, self.precision_plugin.predict_step_context)
-        return broadcast_plain(result, self._last, self._pipeline_group(), self.root_device)
+        result = self._evaluate("predict_step", args, self.precision_plugin.predict_step_context, logs=False)
+        return broadcast_plain(result, self._metrics.source, self._pipeline_group(), self.root_device)
 
-    def _evaluate(self, hook: str, args: tuple[Any, ...], context: Callable[[], AbstractContextManager[Any]]) -> Any:
-        micro_batches, sizes = self._micro_batches(hook, args, context)
-        with self._logging() as logged:
-            results = self._pipeline.evaluate(micro_batches, [size / sum(sizes) for size in sizes])
-        if hook != "predict_step":
-            self._agree({}, logged, sizes)
-        return join_results(results, sizes) if results else None
+    def _evaluate(
+        self,
+        hook: str,
+        args: tuple[Any, ...],
+        context: Callable[[], AbstractContextManager[Any]],
+        *,
+        logs: bool = True,
+    ) -> Any:
+        self._evaluated += 1
+        batch = self._steps.prepare(hook, args, context, self._seed_of(hook, self._evaluated))
+        return self._steps.evaluate(batch, logs=logs)
 
-    def _micro_batches(
-        self, hook: str, args: tuple[Any, ...], context: Callable[[], AbstractContextManager[Any]]
-    ) -> tuple[list[MicroBatch], list[int]]:
-        """The parts of a batch, each with a dry run of its kind."""
-        module, mesh = self.lightning_module, self.mesh
-        assert module is not None
-        batch, *rest = args
-        check_alike(batch, self._pipeline_group(), self.root_device)
-        parts, sizes = split_batch(batch, self._num_microbatches)
-        self._evaluations += hook != "training_step"
-        counted = module.trainer.fit_loop.epoch_loop.total_batch_idx if hook == "training_step" else self._evaluations
-        seed = seed_from(self._seed, mesh.data_parallel_rank, hook, counted)
-
-        def step_on(index: int, part: Any) -> Callable[[], Any]:
-            def step() -> Any:
-                if self._logged is not None:
-                    self._logged.begin(index)
-                with captured(module, self._logged), self._metrics.step(), context():
-                    return getattr(module, hook)(part, *rest)
-
-            return step
-
-        micro_batches = []
-        for index, part in enumerate(parts):
-            step = step_on(index, part)
-            # Losses may be added from some epoch on.
-            epoch = module.current_epoch if hook == "training_step" else 0
-            key = hook, tuple(rest[1:]), epoch, batch_signature(module, part)
-            if key not in self._recordings:
-                self._recordings[key] = dry_run(module, self._blocks, step)
-            micro_batches.append(MicroBatch(step, index, seed, self._recordings[key]))
-        return micro_batches, sizes
-
-    @contextmanager
-    def _logging(self) -> Iterator[Logged | None]:
-        """Note what the step logs, on the last stage; elsewhere, values are absent."""
-        self._logged = Logged() if self._pipeline.has_last else None
-        try:
-            yield self._logged
-        finally:
-            self._logged = None
-
-    def _agree(self, found: dict[str, Any], logged: Logged | None, sizes: Sequence[int]) -> dict[str, Any]:
-        """Log on all ranks, and tell them what the last stage has found."""
-        assert self.lightning_module is not None
-        if logged is not None:
-            found["logged"] = logged.combined(sizes, self._metrics.paths)
-        agreed = broadcast_plain(found, self._last, self._pipeline_group(), self.root_device)
-        replay(self.lightning_module, agreed["logged"])
-        return dict(agreed)
+    def _seed_of(self, hook: str, number: int) -> int:
+        return seed_from(self._seed, self.mesh.data_parallel_rank, hook, number)
 
     @override
     def on_train_start(self) -> None:
         """Begin anew."""
-        self._recordings = {key: one for key, one in self._recordings.items() if key[0] != "training_step"}
+        self._steps.forget_training()
 
     def _settle(self) -> None:
         """Now that a training step is known: keep only what the stages of this rank use."""
         assert self._staged is not None
         staged = self._staged
-        owners = find_owners(staged.root, self._blocks, staged.cuts, self._recordings.values())
+        owners = find_owners(staged.root, self._blocks, staged.cuts, self._steps.recordings.values())
         released = self._pipeline.settle(owners)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -401,33 +331,8 @@ class PipelinedStrategy(DanonHybridStrategy):
             self._synchronizes = True
 
     def _clip_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
-        """Clip by the norm of all gradients, wherever they are."""
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         counted = self._pipeline.counted_here()
-        gradients = [parameter.grad for parameter in parameters if id(parameter) in counted]
-        norms = torch._foreach_norm(gradients) if gradients else ()
-        square = torch.zeros((), dtype=torch.float64, device=self.root_device)
-        for norm in norms:
-            square += norm.double().square()
-        dist.all_reduce(square, group=self._pipeline_group())
-        if parameters:
-            nn.utils.clip_grads_with_norm_(parameters, clip_val, square.sqrt())
-
-    def _agreeing_on_overflow(self, scaler: torch.amp.GradScaler) -> Callable[[Optimizer], None]:
-        """Have a scaler skip a step on all ranks where a gradient has overflown on any."""
-        unscale = type(scaler).unscale_.__get__(scaler)
-
-        def unscale_(optimizer: Optimizer) -> None:
-            unscale(optimizer)
-            found = overflow_flags(scaler, optimizer)
-            flag = torch.stack([one.to(self.root_device) for one in found.values()] or [torch.zeros(())]).max()
-            flag = flag.to(self.root_device)
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-            for one in found.values():
-                one.copy_(flag)
-            found.setdefault(self.root_device, flag)
-
-        return unscale_
+        clip_by_total_norm(optimizer, clip_val, counted, self._pipeline_group(), self.root_device)
 
     def _own_parameters(self) -> Iterator[nn.Parameter]:
         assert self._staged is not None
@@ -485,7 +390,7 @@ class PipelinedStrategy(DanonHybridStrategy):
         if stage is not None:
             return self._schedule.rank_of(stage) == self.mesh.pipeline_rank
         of_metric = any(name.startswith(f"{path}.") for path in self._metrics.paths.values())
-        return self.mesh.pipeline_rank == (self._last if of_metric else 0)
+        return self.mesh.pipeline_rank == (self._metrics.source if of_metric else 0)
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:

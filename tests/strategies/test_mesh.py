@@ -34,7 +34,29 @@ def test_replicas_are_grouped_by_the_part_that_they_hold(nodes, ranks, size):
         assert len({mesh.node_of(rank) for rank in group}) == len(group)
 
 
+@pytest.mark.parametrize(("nodes", "ranks", "size"), [(1, 4, 2), (2, 4, 2), (2, 2, 4), (4, 2, 4), (4, 2, 2), (2, 2, 2)])
+def test_pipelines_may_be_across_nodes(nodes, ranks, size):
+    meshes = [Mesh(nodes, ranks, rank, size, pipelines_across_nodes=True) for rank in range(nodes * ranks)]
+    for mesh in meshes:
+        assert mesh.rank_at(mesh.data_parallel_rank, mesh.pipeline_rank) == mesh.rank
+        assert mesh.rank in mesh.ranks_of_replica(mesh.data_parallel_rank)
+        assert mesh.rank in mesh.ranks_across_replicas(mesh.pipeline_rank)
+    mesh = meshes[0]
+    for groups in (mesh.groups_of_replicas(), mesh.groups_inside_nodes(), mesh.groups_across_nodes()):
+        assert sorted(sum(groups, [])) == list(range(mesh.world_size))
+        assert all(len({meshes[rank].pipeline_rank for rank in group}) == 1 for group in groups)
+    assert all(len({mesh.node_of(rank) for rank in group}) == 1 for group in mesh.groups_inside_nodes())
+    for group in mesh.groups_across_nodes():
+        assert len({mesh.node_of(rank) for rank in group}) == len(group)
+    if nodes == size:
+        assert all(len({mesh.node_of(rank) for rank in group}) == 1 for group in mesh.groups_of_replicas())
+
+
 def test_pipelines_fit_into_nodes_or_take_whole_ones():
+    with pytest.raises(
+        ValueError, match="ranks that hold the same layers=3 must divide the number of ranks on a node, 2"
+    ):
+        Mesh(3, 2, 0, 2, pipelines_across_nodes=True)
     with pytest.raises(ValueError, match="must divide the number of ranks on a node, 3, or be a multiple of it"):
         Mesh(2, 3, 0, 2)
     with pytest.raises(ValueError, match="pipeline_parallel_size=3 must divide the number of ranks, 4"):

@@ -207,8 +207,8 @@ class GradientCommunicator:
         return self._exchange.inner.size, self._exchange.outer.size
 
     @property
-    def _layout(self) -> tuple[int, int, int]:
-        return (*self._levels, self._mesh.pipeline_parallel_size)
+    def _layout(self) -> tuple[int, ...]:
+        return (*self._levels, self._mesh.pipeline_parallel_size, int(self._mesh.pipelines_across_nodes))
 
     def average(self, parameters: Sequence[Tensor], bucket_bytes: int) -> None:
         """Average gradients without DistributedDataParallel, after the backward pass. Collective.

@@ -112,7 +112,7 @@ def build_levels(
     Args:
         mesh: Layout of the ranks.
         hierarchical: See :func:`uses_two_levels`, which raises what this raises.
-        compressed: Whether what is not inside a node is compressed. On a single node, where all links are fast, it
+        compressed: Whether what is not inside a node is compressed. Where all replicas are on one node, it
             decides whether ranks exchange codes (to see what compression does) or dense values.
         row_bytes: Largest row of the inner level.
         device: Where gradients lie: decides between nccl and gloo.
@@ -134,7 +134,7 @@ def build_levels(
     alone = [[rank] for rank in range(mesh.world_size)]
     if two_levels:
         inner, outer = level(mesh.groups_inside_nodes()), level(mesh.groups_across_nodes())
-    elif mesh.num_nodes == 1 and not compressed:
+    elif mesh.replicas_per_node == mesh.data_parallel_size and not compressed:
         inner, outer = level(alike), level(alone)
     else:
         return level(alone), level(alike)

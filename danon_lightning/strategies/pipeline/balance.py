@@ -1,10 +1,10 @@
 """Where to cut a pipeline, so that no stage has much more to do than the others."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 from danon_lightning.strategies.pipeline.blocks import Blocks
 from danon_lightning.strategies.pipeline.recording import Cuts
@@ -35,8 +35,8 @@ class Costs:
         return cost + self.head * (stage == 0) + self.tail * (stage == cuts.stages - 1)
 
 
-def parameter_costs(root: nn.Module, blocks: Blocks) -> Costs:
-    """The numbers of parameters.
+def parameter_costs(root: nn.Module, blocks: Blocks, of: Callable[[Tensor], float] = Tensor.numel) -> Costs:
+    """The numbers of parameters, or something else of each of them.
 
     Those outside of blocks count as head or tail, depending on whether they are registered before the blocks or after
     them; a tied one counts as both, where it is in both.
@@ -46,16 +46,16 @@ def parameter_costs(root: nn.Module, blocks: Blocks) -> Costs:
     order = [name for name, _ in root.named_parameters(remove_duplicate=False)]
     inside = [order.index(name) for name in of_blocks]
     first = min(inside, default=0)
-    head = tail = 0
-    per_block = [0] * len(blocks)
+    head = tail = 0.0
+    per_block = [0.0] * len(blocks)
     for name, slot in slots.items():
-        numel = slot.get().numel()
+        cost = of(slot.get())
         for index in of_blocks.get(name, ()):
-            per_block[index] += numel
+            per_block[index] += cost
         if name not in of_blocks:
             places = {order.index(other) < first for other in slot.names}
-            head += numel * (True in places)
-            tail += numel * (False in places)
+            head += cost * (True in places)
+            tail += cost * (False in places)
     return Costs(head, tuple(per_block), tail)
 
 
@@ -117,15 +117,36 @@ def suggested_cuts(parameters: Costs, cuts: Cuts, seconds: Sequence[float]) -> C
     return better if promised * _UNEVEN < slowest else None
 
 
-def cut_table(blocks: Blocks, schedule: Schedule, cuts: Cuts, parameters: Costs) -> Table:
-    """Which rank has what, for the start of a run."""
-    table = Table("stage", "rank", "layers", "parameters", "share", title=f"pipeline stages of {blocks.name}")
-    total = sum(parameters.of_stage(cuts, stage) for stage in range(cuts.stages)) or 1.0
+def cut_table(root: nn.Module, blocks: Blocks, schedule: Schedule, cuts: Cuts, costs: Costs | None) -> Table:
+    """Which rank has what, for the start of a run.
+
+    Args:
+        root: The module.
+        blocks: Its body.
+        schedule: Which rank has which stage.
+        cuts: Which blocks each stage has.
+        costs: What was measured, in seconds; None if nothing was: numbers of parameters are all that is known then.
+    """
+    numels, sizes = parameter_costs(root, blocks), parameter_costs(root, blocks, _bytes_with_gradient)
+    table = Table("stage", "rank", "layers", "parameters", "memory", "cost", title=f"pipeline stages of {blocks.name}")
+    known = costs or numels
+    total = sum(known.of_stage(cuts, stage) for stage in range(cuts.stages)) or 1.0
     for stage in range(cuts.stages):
-        own, cost = cuts.blocks_of(stage), parameters.of_stage(cuts, stage)
+        own = cuts.blocks_of(stage)
         ends = ["what comes before"] * (stage == 0) + ["what comes after"] * (stage == cuts.stages - 1)
         layers = str(own.start) if len(own) == 1 else f"{own.start}–{own.stop - 1}"
         table.add_row(
-            str(stage), str(schedule.rank_of(stage)), ", ".join([layers, *ends]), f"{cost:,.0f}", f"{cost / total:.0%}"
+            str(stage),
+            str(schedule.rank_of(stage)),
+            ", ".join([layers, *ends]),
+            f"{numels.of_stage(cuts, stage):,.0f}",
+            f"{sizes.of_stage(cuts, stage) / (1 << 20):,.1f} MiB",
+            f"{known.of_stage(cuts, stage) / total:.0%}",
         )
+    shares = "number of parameters" if costs is None else "measured time"
+    table.caption = f"memory: of parameters and their gradients; cost: share of the {shares}"
     return table
+
+
+def _bytes_with_gradient(parameter: Tensor) -> float:
+    return parameter.numel() * parameter.element_size() * (1 + parameter.requires_grad)

@@ -88,32 +88,33 @@ def _fingerprint(batch: Any) -> Tensor:
     return torch.tensor([zlib.crc32(shapes), content])
 
 
-def join_results(results: Sequence[Any], sizes: Sequence[int]) -> Any:
+def join_results(results: Sequence[Any], sizes: Sequence[int], weights: Sequence[float]) -> Any:
     """What a step would have returned for the whole batch.
 
     Args:
         results: What it has returned for each micro-batch.
         sizes: How many samples these have.
+        weights: By how much each counts in means.
 
     Returns:
-        Nested containers like them, in which tensors with a row for each sample are joined, and numbers are averaged
-        over the samples. A list of what was returned where that is neither, and not the same for all.
+        Nested containers like them, in which tensors with a row for each sample are joined, and of numbers there is the
+        mean. A list of what was returned where that is neither, and not the same for all.
     """
     first = results[0]
     if isinstance(first, Mapping):
         if all(isinstance(one, Mapping) and one.keys() == first.keys() for one in results):
-            return {key: join_results([one[key] for one in results], sizes) for key in first}
+            return {key: join_results([one[key] for one in results], sizes, weights) for key in first}
     elif isinstance(first, (list, tuple)):
         if all(type(one) is type(first) and len(one) == len(first) for one in results):
-            joined = [join_results(leaves, sizes) for leaves in zip(*results, strict=True)]
+            joined = [join_results(leaves, sizes, weights) for leaves in zip(*results, strict=True)]
             return type(first)(*joined) if hasattr(first, "_fields") else type(first)(joined)
     elif isinstance(first, Tensor):
         if all(one.dim() and len(one) == size for one, size in zip(results, sizes, strict=True)):
             return torch.cat([one.detach() for one in results])
         if all(one.dim() == 0 for one in results):
-            return weighted_mean([one.detach() for one in results], sizes)
+            return weighted_mean([one.detach() for one in results], weights)
     elif isinstance(first, float):
-        return weighted_mean(results, sizes)
+        return weighted_mean(results, weights)
     elif all(one is first for one in results):
         return first
     elif isinstance(first, (bool, int, str, bytes)) and all(type(one) is type(first) for one in results):
@@ -122,6 +123,8 @@ def join_results(results: Sequence[Any], sizes: Sequence[int]) -> Any:
     return list(results)
 
 
-def weighted_mean(values: Sequence[Any], sizes: Sequence[int]) -> Any:
-    """The mean of numbers over samples."""
-    return sum(value * (size / sum(sizes)) for value, size in zip(values, sizes, strict=True))
+def weighted_mean(values: Sequence[Any], weights: Sequence[float]) -> Any:
+    """The mean of numbers, of which some count more than others; if none counts, of all alike."""
+    if not any(weights):
+        weights = [1.0] * len(values)
+    return sum(value * (weight / sum(weights)) for value, weight in zip(values, weights, strict=True))

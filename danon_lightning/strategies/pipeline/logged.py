@@ -45,11 +45,11 @@ class Logged:
             value = value.detach()
         self.calls[self._current][name] = _Call(value, options, getattr(value, "_forward_cache", None))
 
-    def combined(self, sizes: Sequence[int], metrics: dict[int, str]) -> list[dict[str, Any]]:
+    def combined(self, weights: Sequence[float], metrics: dict[int, str]) -> list[dict[str, Any]]:
         """What would have been logged for the whole batch, as plain data.
 
         Args:
-            sizes: How many samples each micro-batch has.
+            weights: By how much each micro-batch counts in means.
             metrics: Where the module has which metric, by its ``id``.
 
         Returns:
@@ -57,11 +57,11 @@ class Logged:
             that of this batch.
         """
         names = dict.fromkeys(name for index in sorted(self.calls) for name in self.calls[index])
-        return [self._combine(name, sizes, metrics) for name in names]
+        return [self._combine(name, weights, metrics) for name in names]
 
-    def _combine(self, name: str, sizes: Sequence[int], metrics: dict[int, str]) -> dict[str, Any]:
-        found = [(self.calls[at][name], size) for at, size in enumerate(sizes) if name in self.calls.get(at, ())]
-        given, weights = [call for call, _ in found], [size for _, size in found]
+    def _combine(self, name: str, by_index: Sequence[float], metrics: dict[int, str]) -> dict[str, Any]:
+        found = [(self.calls[at][name], by) for at, by in enumerate(by_index) if name in self.calls.get(at, ())]
+        given, weights = [call for call, _ in found], [weight for _, weight in found]
         options = dict(given[-1].options)
         if options.get("batch_size") is not None:
             options["batch_size"] = sum(int(call.options["batch_size"]) for call in given)

@@ -24,6 +24,10 @@ class SharedMetrics:
         pipeline: The ranks of the pipeline.
         replicas: The ranks that have the same stages: over these, metrics synchronize themselves.
         device: Where the ranks communicate.
+
+    Attributes:
+        source: See above.
+        paths: Where the module has which metric, by its ``id``.
     """
 
     def __init__(
@@ -35,7 +39,7 @@ class SharedMetrics:
         device: torch.device,
     ) -> None:
         """See the class."""
-        self._source, self._pipeline, self._device = source, pipeline, device
+        self.source, self._pipeline, self._device = source, pipeline, device
         self._in_step = False
         self._metrics = {name: metric for name, metric in module.named_modules() if isinstance(metric, Metric)}
         self.paths = {id(metric): name for name, metric in self._metrics.items()}
@@ -64,10 +68,10 @@ class SharedMetrics:
             if self._in_step:
                 return compute()
             mine = None
-            if dist.get_rank(self._pipeline()) == self._source:
+            if dist.get_rank(self._pipeline()) == self.source:
                 with self.step():  # a metric may compute others
                     mine = compute()
-            value = broadcast_plain(mine, self._source, self._pipeline(), self._device)
+            value = broadcast_plain(mine, self.source, self._pipeline(), self._device)
             metric._computed = value
             return value
 

@@ -66,13 +66,17 @@ def test_measured_times_suggest_other_cuts():
     assert suggested_cuts(Costs(0, (1.0, 1.0), 0), Cuts.checked((0, 1, 2), 2), [1.0, 9.0]) is None
 
 
-def test_the_table_names_stages_ranks_layers_and_parameters(capsys):
+def test_the_table_says_what_each_stage_has(capsys):
     model = GPT()
     blocks, schedule = find_blocks(model), resolve_schedule("1f1b", 2)
-    costs = parameter_costs(model, blocks)
-    Console(width=120).print(cut_table(blocks, schedule, balanced_cuts(costs, 2), costs))
-    printed = capsys.readouterr().out
-    assert "pipeline stages of transformer.h" in printed
-    assert "0–1, what comes before" in printed
-    assert "2–3, what comes after" in printed
-    assert f"{costs.of_stage(Cuts.checked((0, 2, 4), 4), 0):,.0f}" in printed
+    numels, cuts = parameter_costs(model, blocks), Cuts.checked((0, 2, 4), 4)
+    for costs, words in ((None, "number of parameters"), (Costs(1.0, (1.0, 1.0, 0.5, 0.5), 0.0), "measured time")):
+        Console(width=120).print(cut_table(model, blocks, schedule, cuts, costs))
+        printed = capsys.readouterr().out
+        assert "pipeline stages of transformer.h" in printed
+        assert "0–1, what comes before" in printed
+        assert "2–3, what comes after" in printed
+        assert f"{numels.of_stage(cuts, 0):,.0f}" in printed
+        assert f"{numels.of_stage(cuts, 1) * 8 / 2**20:,.1f} MiB" in printed  # float32, with gradients
+        assert words in " ".join(printed.split())
+        assert ("75%" in printed) == (costs is not None)

@@ -5,38 +5,10 @@ import torch
 from staged_models import LENGTH, VOCABULARY
 from staged_runs import largest_difference, make_batch, run_plainly, run_staged
 from torch.nn import functional as F
-
-transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")
+from transformers_models import gpt2, llama
 
 EXACT = 1e-12
-
-
-def gpt2(**options):
-    config = transformers.GPT2Config(
-        vocab_size=VOCABULARY,
-        n_positions=LENGTH,
-        n_embd=16,
-        n_layer=4,
-        n_head=2,
-        bos_token_id=0,
-        eos_token_id=0,
-        **options,
-    )
-    return transformers.GPT2LMHeadModel(config)
-
-
-def llama(**options):
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=32,
-        **options,
-    )
-    return transformers.LlamaForCausalLM(config)
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 
 def in_full_precision(logits, labels, vocab_size, **_):
@@ -54,9 +26,9 @@ def step(model, batch):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: gpt2(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
-        lambda: llama(),
-        lambda: llama(tie_word_embeddings=True, attention_bias=True),
+        lambda: gpt2(VOCABULARY, LENGTH, **NO_DROPOUT),
+        lambda: llama(VOCABULARY),
+        lambda: llama(VOCABULARY, tie_word_embeddings=True, attention_bias=True),
     ],
     ids=["gpt2", "llama", "llama, tied"],
 )
@@ -75,7 +47,7 @@ def test_gradients_are_those_of_the_model_itself(make, checkpointed, bounds):
 
 def test_dropout_draws_the_same_for_every_cut():
     torch.manual_seed(0)
-    model, batch = gpt2().double().train(), make_batch()
+    model, batch = gpt2(VOCABULARY, LENGTH).double().train(), make_batch()
     model.loss_function = in_full_precision
 
     whole = run_staged(model, batch, (0, 4), step=step)

@@ -10,47 +10,21 @@ import torch
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parent))  # each rank imports this file anew, and its neighbours with it
+import transformers_models
 from lightning_modules import losses_of, make_trainer
 
 from danon_lightning.strategies import DanonHybridStrategy
 from danon_lightning.testing import run_distributed
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")
-
 VOCABULARY, LENGTH = 61, 12
-SMALL = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4}
-HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32}
-
-
-def gpt2():
-    sizes = {"vocab_size": VOCABULARY, "n_positions": LENGTH, "n_embd": 16, "n_layer": 4, "n_head": 2}
-    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **no_dropout, bos_token_id=0, eos_token_id=0))
-
-
-def llama():
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, **HEADS, tie_word_embeddings=True))
-
-
-def mixtral():
-    config = transformers.MixtralConfig(**SMALL, **HEADS, num_local_experts=4, num_experts_per_tok=2)
-    return transformers.MixtralForCausalLM(config)
-
-
-def t5():
-    sizes = {"vocab_size": VOCABULARY, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
-    config = transformers.T5Config(**sizes, num_decoder_layers=4, dropout_rate=0.0, decoder_start_token_id=0)
-    return transformers.T5ForConditionalGeneration(config)
-
-
-def vit():
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
-    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    config = transformers.ViTConfig(**sizes, **no_dropout, image_size=8, patch_size=4, num_channels=3, num_labels=5)
-    return transformers.ViTForImageClassification(config)
-
-
-MODELS = {"gpt2": gpt2, "llama": llama, "mixtral": mixtral, "t5": t5, "vit": vit}
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+MODELS = {
+    "gpt2": lambda: transformers_models.gpt2(VOCABULARY, LENGTH, **NO_DROPOUT),
+    "llama": lambda: transformers_models.llama(VOCABULARY, tie_word_embeddings=True),
+    "mixtral": lambda: transformers_models.mixtral(VOCABULARY),
+    "t5": lambda: transformers_models.t5(VOCABULARY),
+    "vit": transformers_models.vit,
+}
 LAYERS = {"t5": "model.decoder.block"}
 
 

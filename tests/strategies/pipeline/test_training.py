@@ -300,6 +300,13 @@ def test_what_cannot_work_is_refused_on_every_rank(case, message):
             {"pipeline_parallel_size": 3, "stage_cut": [2]},
             r"stage_cut=\[2\] must give the first layers of stages 1 to 2",
         ),
+        (
+            {"pipeline_parallel_size": 2, "stage_cut": "even"},
+            "stage_cut='even' must be 'parameters', 'measured' or a list",
+        ),
+        ({"pipeline_parallel_size": 2, "pipeline_placement": "near"}, "pipeline_placement='near' must be 'auto'"),
+        ({"pipeline_placement": "across_nodes"}, "pipeline_placement are for pipeline stages"),
+        ({"microbatch_weight": len}, "microbatch_weight are for pipeline stages"),
         ({"pipeline_parallel_size": 2, "num_microbatches": 0}, "num_microbatches=0 must be at least 1, or 'auto'"),
         ({"activation_checkpointing": True}, "set pipeline_parallel_size to 2 or more"),
         ({"pipeline_parallel_size": 2, "activation_checkpointing": "disk"}, "must be True, False or 'offload'"),
