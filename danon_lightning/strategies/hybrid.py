@@ -37,6 +37,7 @@ from danon_lightning.strategies.mesh import Mesh
 from danon_lightning.strategies.optimizer_checks import check_optimizer
 from danon_lightning.strategies.pipeline.initialization import reproducible
 from danon_lightning.strategies.pipeline.schedules import resolve_schedule
+from danon_lightning.strategies.preemption import PostponedRequeue
 
 _CHECKPOINT_KEY = "danon_gradient_memory"
 
@@ -97,6 +98,7 @@ class DanonHybridStrategy(DDPStrategy):
     """
 
     strategy_name = "danon_hybrid"
+    _requeue: PostponedRequeue | None = None
     _has_failed: ClassVar[bool] = False  # in this process, whichever Trainer it was
 
     def __new__(cls, *args: Any, pipeline_parallel_size: int = 1, **kwargs: Any) -> "DanonHybridStrategy":
@@ -293,6 +295,31 @@ class DanonHybridStrategy(DDPStrategy):
         if joins:
             # Lightning leaves nccl groups only, but gloo's threads abort a process that ends with them running.
             atexit.register(_leave_process_group)
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Get ready for a call of the Trainer."""
+        super().setup(trainer)
+        self._postpone_requeue(trainer)
+
+    def _postpone_requeue(self, trainer: pl.Trainer) -> None:
+        is_wanted = trainer.state.fn == TrainerFn.FITTING and PostponedRequeue.is_wanted(trainer)
+        self._requeue = PostponedRequeue(trainer, self.root_device) if is_wanted else None
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Write a checkpoint if the job is about to be stopped."""
+        self._save_if_asked()
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the step, but first write a checkpoint if the job is about to be stopped."""
+        self._save_if_asked()
+        return super().validation_step(*args, **kwargs)
+
+    def _save_if_asked(self) -> None:
+        if self._requeue is not None:
+            self._requeue.check()
 
     @override
     def on_exception(self, exception: BaseException) -> None:

@@ -13,6 +13,7 @@ from fairscale.nn.checkpoint import checkpoint_wrapper
 from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import _augment_message
 from rich.console import Console
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -108,6 +109,7 @@ class PipelinedStrategy(DanonHybridStrategy):
             self.setup_optimizers(trainer)
             check_optimizers(self.optimizers, self._scaler())
         self.setup_precision_plugin()
+        self._postpone_requeue(trainer)
 
     def _decide(self, module: pl.LightningModule) -> tuple[Blocks, Cuts]:
         """Where to cut, and which ranks are a pipeline."""
@@ -238,6 +240,7 @@ class PipelinedStrategy(DanonHybridStrategy):
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run forward passes. The last stage alone has the result."""
+        self._save_if_asked()
         return self._evaluate("validation_step", args, self.precision_plugin.val_step_context)
 
     @override
@@ -367,6 +370,22 @@ class PipelinedStrategy(DanonHybridStrategy):
         votes = torch.tensor(int(decision), device=self.root_device)
         dist.all_reduce(votes)
         return bool(votes == self.world_size) if all else bool(votes)
+
+    # ---- failures
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        """Say what it means that a connection has ended."""
+        super().on_exception(exception)
+        stages = ", ".join(map(str, self._schedule.stages_of(self.mesh.pipeline_rank)))
+        _augment_message(
+            exception,
+            pattern=".*(Connection (closed|reset) by peer|Broken pipe|Timed out waiting).*",
+            new_message=(
+                f"rank {self.global_rank} (stage {stages} of the pipeline) has lost another rank, which must have "
+                f"failed: what that one has printed says why ({exception})"
+            ),
+        )
 
     # ---- checkpoints
 

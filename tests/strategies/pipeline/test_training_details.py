@@ -1,11 +1,13 @@
 """What users do with a Trainer besides one fit, with pipeline stages."""
 
 import sys
+import time
 from collections import UserDict
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -133,3 +135,26 @@ def refuse(case):
 def test_what_cannot_work_is_refused(case, message):
     with pytest.raises(RankFailedError, match=message):
         run_distributed(refuse, 2, case, timeout=60)
+
+
+class Dying(Tied):
+    def training_step(self, batch, batch_idx):
+        if self.trainer.global_rank == 1 and self.trainer.global_step == 2:
+            raise ZeroDivisionError("out of luck")
+        return super().training_step(batch, batch_idx)
+
+
+def die():
+    try:
+        make_trainer(pipelined(), 2).fit(Dying(), loader())
+    except Exception as error:
+        message = str(error)
+    dist.destroy_process_group()  # as the end of the process would
+    return message, time.monotonic()
+
+
+def test_a_rank_that_fails_ends_the_others_within_seconds():
+    (lost, end), (cause, begin) = run_distributed(die, 2, timeout=100)
+    assert cause == "out of luck"
+    assert "rank 0 (stage 0 of the pipeline) has lost another rank, which must have failed" in lost
+    assert end - begin < 10
