@@ -76,7 +76,7 @@ def measure_slow_stage():
 
 
 def test_the_rank_behind_a_slow_stage_waits():
-    first, second = run_distributed(measure_slow_stage, 2)[0]
+    first, second = run_distributed(measure_slow_stage, 2, timeout=100)[0]
     assert seconds(second, "waiting") > 0.2
     assert seconds(second, "waiting") > 2 * seconds(second, "communication")
     assert seconds(first, "waiting") < seconds(second, "waiting") / 2

@@ -31,7 +31,7 @@ def train_on_two_hosts(folder):
 
 
 def test_a_pipeline_on_two_hosts_trains_as_one_process_does(emulated_hosts, tmp_path):
-    ranks = run_distributed(train_on_two_hosts, 4, str(tmp_path), hosts=emulated_hosts(2), timeout=100)
+    ranks = run_distributed(train_on_two_hosts, 4, str(tmp_path), hosts=emulated_hosts(2), timeout=200)
     expected = run(tmp_path / "plain.ckpt")
     for name, size in SIZES.items():
         replicas = 4 // size
@@ -84,7 +84,7 @@ def link_timeline(schedule):
 
 def test_a_slow_link_shows_as_communication(emulated_hosts):
     """Hardly anything is computed: the last rank waits for what is on its way already."""
-    one, two = run_distributed(measure_link, 2, hosts=emulated_hosts(2, rate_mbit=40))
+    one, two = run_distributed(measure_link, 2, hosts=emulated_hosts(2, rate_mbit=40), timeout=100)
     assert one == two
     for schedule, ranks in zip(LINK_SCHEDULES, one, strict=True):
         for passes in ranks:

@@ -84,7 +84,7 @@ def compare_clocks():
 
 
 def test_clocks_of_all_ranks_are_set_by_the_first_one():
-    results = run_distributed(compare_clocks, 3)
+    results = run_distributed(compare_clocks, 3, timeout=100)
     for rank, (offset, timeline) in enumerate(results):
         assert offset == pytest.approx(3600.0 * rank, abs=0.02)
         assert timeline == results[0][1]
@@ -126,7 +126,7 @@ def measure_schedules():
 
 
 def test_every_receive_of_every_schedule_is_measured():
-    for rank in run_distributed(measure_schedules, 2, timeout=100):
+    for rank in run_distributed(measure_schedules, 2, timeout=150):
         for schedule, (own, stages, measured) in rank.items():
             expected = Counter()
             for stage in own:
