@@ -10,7 +10,14 @@ from typing_extensions import override
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_COLOURS = {"forward": "#4477aa", "backward": "#228833", "weights": "#66ccee", "waiting": "#eecc66"}
+_COLOURS = {
+    "forward": "#4477aa",
+    "backward": "#228833",
+    "weights": "#66ccee",
+    "communication": "#ee6677",
+    "waiting": "#eecc66",
+}
+_COMPUTE = ("forward", "backward", "weights")
 
 
 class _Pass(Protocol):
@@ -31,9 +38,9 @@ class _HasTimeline(Protocol):
 class PipelineTimeline(pl.Callback):
     """Measures every n-th training step of a pipeline, and draws it: ranks × time.
 
-    Forward and backward passes carry the number of their micro-batch; what lies between them is communication and
-    waiting for other ranks. The picture goes to every logger that takes figures (TensorBoard), and to a file if one is
-    named. Needs matplotlib.
+    Forward and backward passes carry the number of their micro-batch. Between them a rank waits for what another one
+    has not computed yet, or for what is on its way (communication); what is blank is neither. The picture goes to every
+    logger that takes figures (TensorBoard), and to a file if one is named. Needs matplotlib.
 
     Keys logged:
         ``pipeline/timeline`` (figure).
@@ -110,13 +117,12 @@ def draw_timeline(ranks: Sequence[Sequence[_Pass]], title: str = "") -> "Figure"
     stages = 1 + max((one.stage for passes in ranks for one in passes), default=0)
     several = stages > len(ranks)
     for row, passes in enumerate(ranks):
-        axes.broken_barh([(0, end * 1e3)], (row - 0.4, 0.8), color=_COLOURS["waiting"])
         for one in passes:
             start, length = one.start * 1e3, (one.end - one.start) * 1e3
-            axes.broken_barh(
-                [(start, length)], (row - 0.4, 0.8), color=_COLOURS[one.kind], edgecolor="white", linewidth=0.5
-            )
-            if length > 0.012 * end * 1e3:
+            computes = one.kind in _COMPUTE
+            edge = {"edgecolor": "white", "linewidth": 0.5} if computes else {"linewidth": 0}
+            axes.broken_barh([(start, length)], (row - 0.4, 0.8), facecolor=_COLOURS[one.kind], **edge)
+            if computes and length > 0.012 * end * 1e3:
                 label = f"{one.micro_batch}" + (f"\ns{one.stage}" if several else "")
                 axes.text(start + length / 2, row, label, ha="center", va="center", color="white", fontsize=7)
     axes.set_yticks(range(len(ranks)), [f"rank {row}" for row in range(len(ranks))])
@@ -125,11 +131,7 @@ def draw_timeline(ranks: Sequence[Sequence[_Pass]], title: str = "") -> "Figure"
     axes.set_xlabel("milliseconds")
     axes.set_title(title)
     shown = {one.kind for passes in ranks for one in passes}
-    names = {"weights": "gradients of weights", "waiting": "communication, waiting"}
-    handles = [
-        Patch(color=colour, label=names.get(kind, kind))
-        for kind, colour in _COLOURS.items()
-        if kind in shown or kind == "waiting"
-    ]
-    axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=4, frameon=False)
+    names = {"weights": "gradients of weights", "waiting": "waiting for another rank"}
+    handles = [Patch(color=colour, label=names.get(kind, kind)) for kind, colour in _COLOURS.items() if kind in shown]
+    axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=5, frameon=False)
     return figure

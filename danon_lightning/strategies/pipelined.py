@@ -34,7 +34,7 @@ from danon_lightning.strategies.pipeline.recording import Cuts
 from danon_lightning.strategies.pipeline.refusals import check_optimizers, check_trainer, check_whole
 from danon_lightning.strategies.pipeline.stage import StagedModule
 from danon_lightning.strategies.pipeline.steps import TRAINING, Steps
-from danon_lightning.strategies.pipeline.timeline import Pass, Stopwatch, gather_passes
+from danon_lightning.strategies.pipeline.timeline import COMPUTE, Pass, Stopwatch, gather_passes
 from danon_lightning.strategies.process_groups import GroupReference, own_group
 from danon_lightning.strategies.seeds import seed_from
 
@@ -220,7 +220,8 @@ class PipelinedStrategy(DanonHybridStrategy):
         ranks, cuts = self.pipeline_timeline(), self._staged.cuts
         seconds = [0.0] * cuts.stages
         for one in (one for passes in ranks for one in passes):
-            seconds[one.stage] += one.end - one.start
+            if one.kind in COMPUTE:
+                seconds[one.stage] += one.end - one.start
         better = suggested_cuts(self._costs or parameter_costs(self._staged.root, self._blocks), cuts, seconds)
         if better is not None:
             shares = ", ".join(f"{took / sum(seconds):.0%}" for took in seconds)
@@ -234,7 +235,10 @@ class PipelinedStrategy(DanonHybridStrategy):
         self._measures = True
 
     def pipeline_timeline(self) -> list[list[Pass]]:
-        """What each rank of this pipeline has done in the step that was measured last. Collective."""
+        """What each rank of this pipeline has done in the step that was measured last. Collective.
+
+        On several machines it should be called soon, since their clocks drift apart.
+        """
         return gather_passes(self._measured, self._pipeline_group(), self.root_device)
 
     @override

@@ -92,13 +92,11 @@ def balanced_cuts(costs: Costs, stages: int) -> Cuts:
     return Cuts.checked(best[count][2], count)
 
 
-def suggested_cuts(parameters: Costs, cuts: Cuts, seconds: Sequence[float]) -> Cuts | None:
+def suggested_cuts(parts: Costs, cuts: Cuts, seconds: Sequence[float]) -> Cuts | None:
     """Better cuts, after a step has been measured.
 
-    Inside a stage time is taken to follow the number of parameters.
-
     Args:
-        parameters: The numbers of parameters.
+        parts: What time is taken to follow inside a stage.
         cuts: What was measured.
         seconds: How long each stage has been at work in the step.
 
@@ -109,9 +107,9 @@ def suggested_cuts(parameters: Costs, cuts: Cuts, seconds: Sequence[float]) -> C
     slowest = max(seconds)
     if slowest * len(seconds) <= _UNEVEN * sum(seconds):
         return None
-    rates = [took / (parameters.of_stage(cuts, stage) or 1.0) for stage, took in enumerate(seconds)]
-    blocks = [cost * rates[cuts.stage_of_block(index)] for index, cost in enumerate(parameters.blocks)]
-    times = Costs(parameters.head * rates[0], tuple(blocks), parameters.tail * rates[-1])
+    rates = [took / (parts.of_stage(cuts, stage) or 1.0) for stage, took in enumerate(seconds)]
+    blocks = [cost * rates[cuts.stage_of_block(index)] for index, cost in enumerate(parts.blocks)]
+    times = Costs(parts.head * rates[0], tuple(blocks), parts.tail * rates[-1])
     better = balanced_cuts(times, cuts.stages)
     promised = max(times.of_stage(better, stage) for stage in range(cuts.stages))
     return better if promised * _UNEVEN < slowest else None

@@ -119,7 +119,7 @@ class Pipeline:
             micro_batches: The parts of the batch.
             weights: What share of it each is; they add up to one.
             scale: What the loss is multiplied by for the backward pass.
-            stopwatch: Takes the time of the passes.
+            stopwatch: Takes the time of passes, and of what lies between them.
 
         Returns:
             What the step returns for each micro-batch, without graphs, on the rank of the last stage; nothing on
@@ -140,7 +140,7 @@ class Pipeline:
             factors = self._loss_factors(micro_batches, weights)
             self._batch = batch = _Batch(micro_batches, weights, scale, factors)
             try:
-                run_schedule(self._prepared[number], number)
+                run_schedule(self._prepared[number], number, stopwatch)
             except BaseException as error:
                 self._prepared.clear()  # they are in the middle of something
                 # torch wraps it, with all arguments in print.

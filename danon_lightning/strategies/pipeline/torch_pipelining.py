@@ -4,8 +4,8 @@ Nothing else in the package may touch such names; ``tests/strategies/pipeline/te
 torch has changed one of them.
 """
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -54,6 +54,12 @@ class ScheduledStage(_PipelineStageBase):
 
     def _measuring(self, kind: str, chunk: int) -> AbstractContextManager[None]:
         return nullcontext() if self.stopwatch is None else self.stopwatch.measuring(self.stage_index, kind, chunk)
+
+    def _named(self, kind: str, chunk: int, ops: list[dist.P2POp]) -> list[dist.P2POp]:
+        """Have :func:`_transfers_measured` know them again."""
+        for op in ops:
+            op.transfer = (self.stage_index, kind, chunk)  # type: ignore[attr-defined]
+        return ops
 
     def expect(self, arriving: Sequence[Sequence[Tensor]], leaving: Sequence[Sequence[Tensor]]) -> None:
         """Get ready for a batch.
@@ -106,12 +112,14 @@ class ScheduledStage(_PipelineStageBase):
     @override
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         self._allocate(self.args_recv_info[fwd_chunk_id])
-        return _as_in_memory(super().get_fwd_recv_ops(fwd_chunk_id))
+        ops = _as_in_memory(super().get_fwd_recv_ops(fwd_chunk_id))
+        return self._named("receive activation", fwd_chunk_id, ops)
 
     @override
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         self._allocate(self.grad_recv_info[bwd_chunk_id])
-        return _as_in_memory(super().get_bwd_recv_ops(bwd_chunk_id))
+        ops = _as_in_memory(super().get_bwd_recv_ops(bwd_chunk_id))
+        return self._named("receive gradient", bwd_chunk_id, ops)
 
     @override
     def set_local_bwd_input(self, next_stage_bwd_outputs: tuple[Tensor | None, ...], mb_index: int) -> None:
@@ -133,13 +141,15 @@ class ScheduledStage(_PipelineStageBase):
     @override
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         self._turn_to(fwd_chunk_id)
-        return _laid_out(super().get_fwd_send_ops(fwd_chunk_id), self._metas[fwd_chunk_id][1])
+        ops = _laid_out(super().get_fwd_send_ops(fwd_chunk_id), self._metas[fwd_chunk_id][1])
+        return self._named("send activation", fwd_chunk_id, ops)
 
     @override
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         self._turn_to(bwd_chunk_id)
         sent = [meta for meta in _with_gradient(self._metas[bwd_chunk_id][0]) if meta is not None]
-        return _laid_out(super().get_bwd_send_ops(bwd_chunk_id), sent)
+        ops = _laid_out(super().get_bwd_send_ops(bwd_chunk_id), sent)
+        return self._named("send gradient", bwd_chunk_id, ops)
 
     @override
     def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
@@ -180,15 +190,56 @@ def build_schedule(name: str, stages: Sequence[ScheduledStage], micro_batches: i
     return cls(stages[0] if single else list(stages), micro_batches, loss_fn=_first, scale_grads=False)
 
 
-def run_schedule(schedule: schedules._PipelineSchedule, micro_batches: int) -> None:
+def run_schedule(schedule: schedules._PipelineSchedule, micro_batches: int, stopwatch: Stopwatch | None = None) -> None:
     """Run all forward and backward passes.
 
     Args:
         schedule: From :func:`build_schedule`.
         micro_batches: For how many.
+        stopwatch: Takes the time that transfers cost this rank; that of passes is taken by the stages.
     """
     numbers = [{"index": index} for index in range(micro_batches)]
-    schedule._step_microbatches([()] * micro_batches, numbers, list(range(micro_batches)), return_outputs=False)
+    with nullcontext() if stopwatch is None else _transfers_measured(stopwatch):
+        schedule._step_microbatches([()] * micro_batches, numbers, list(range(micro_batches)), return_outputs=False)
+
+
+class _Works(list[dist.Work]):
+    """Transfers under way, and which of them is waited for."""
+
+    transfer: tuple[int, str, int]
+
+
+@contextmanager
+def _transfers_measured(stopwatch: Stopwatch) -> Iterator[None]:
+    """Replace the two functions by which all schedules of torch begin transfers and wait for them.
+
+    Stages could only guess when a rank waits: most schedules ask for data long before they need it.
+    """
+    begin, wait = schedules._batch_p2p, schedules._wait_batch_p2p
+
+    def measured_begin(p2p_ops: list[dist.P2POp], desc: str | None = None) -> list[dist.Work]:
+        transfers = [op.transfer for op in p2p_ops if hasattr(op, "transfer")]
+        if not transfers:
+            return begin(p2p_ops, desc)
+        received = [transfer for transfer in transfers if transfer[1].startswith("receive")]
+        # A pass cannot begin without what is received. What is sent along goes to the rank that this comes from.
+        stage, kind, chunk = transfer = (received or transfers)[0]
+        if received:
+            stopwatch.mark(stage, kind.replace("receive", "want"), chunk)
+        with stopwatch.measuring(stage, "communication", chunk):
+            works = _Works(begin(p2p_ops, desc))
+        works.transfer = transfer
+        return works
+
+    def measured_wait(work: list[dist.Work]) -> None:
+        with stopwatch.measuring(*work.transfer) if isinstance(work, _Works) else nullcontext():
+            wait(work)
+
+    schedules._batch_p2p, schedules._wait_batch_p2p = measured_begin, measured_wait
+    try:
+        yield
+    finally:
+        schedules._batch_p2p, schedules._wait_batch_p2p = begin, wait
 
 
 def _first(output: Tensor, _: object) -> Tensor:

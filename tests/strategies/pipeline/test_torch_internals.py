@@ -1,8 +1,11 @@
 """What torch does not promise and this package relies on. If one of these fails, torch has changed."""
 
+import inspect
+
 import pytest
 import torch
 from torch import nn
+from torch.distributed.pipelining import schedules
 from torch.utils.checkpoint import checkpoint
 
 from danon_lightning.strategies.pipeline import torch_internals as internals
@@ -97,3 +100,11 @@ def test_places_are_those_of_the_module():
     assert internals.tensor_dictionaries(module) == (module._parameters, module._buffers)
     with internals.without_torch_function():
         assert Absent.like(torch.ones(2)).requires_grad is False
+
+
+def test_schedules_begin_transfers_and_wait_for_them_in_two_functions():
+    """Which are replaced while a step is measured; test_timeline.py sees whether all schedules use them."""
+    assert list(inspect.signature(schedules._batch_p2p).parameters) == ["p2p_ops", "desc"]
+    assert list(inspect.signature(schedules._wait_batch_p2p).parameters) == ["work"]
+    for schedule in (schedules.Schedule1F1B, schedules.ScheduleGPipe):
+        assert "_wait_batch_p2p" in schedule._step_microbatches.__code__.co_names
