@@ -273,7 +273,7 @@ def try_to_fit(case):
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("manual", "needs automatic optimization, but Manual sets automatic_optimization=False"),
+        ("manual", "need automatic optimization, but Manual sets automatic_optimization=False"),
         ("average", "StochasticWeightAveraging copies the whole module"),
         ("reading", r"test_training.py|lightning_modules.py"),
         ("batches", "the ranks of a pipeline have been given different batches"),
