@@ -172,7 +172,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compute-ranks", type=int, nargs="*", default=[2], help="with layers that compute")
-    parser.add_argument("--waiting-ranks", type=int, nargs="*", default=[4, 8], help="with layers that wait")
+    parser.add_argument("--waiting-ranks", type=int, nargs="*", default=[2, 4, 8], help="with layers that wait")
     parser.add_argument("--micro-batches", type=int, help="of a step (default: twice the ranks, 8 at least)")
     parser.add_argument("--milliseconds", type=float, default=100, help="of waiting in a forward pass (default: 100)")
     parser.add_argument("--steps", type=int, default=4, help="measured steps of each (default: 4)")
@@ -180,9 +180,8 @@ def main() -> None:
     parser.add_argument("--json", help="write what was measured to this file")
     args = parser.parse_args()
 
-    table = Table(
-        "layers", "P", "M", Column("schedule", no_wrap=True), "idle (median)", "least, most", "(P−1)/(M+P−1)", "ratio"
-    )
+    columns = "layers", "P", "M", Column("schedule", no_wrap=True), "idle", "least, most", "ideal", "idle / ideal"
+    table = Table(*columns, title="idle: the median step; ideal: (P − 1) / (M + P − 1)")
     rows = []
     settings = [("compute", ranks, None) for ranks in args.compute_ranks]
     settings += [("wait", ranks, args.milliseconds / 1e3) for ranks in args.waiting_ranks]

@@ -6,7 +6,8 @@
 Parameters, gradients and the state of Adam are those that a rank holds after a few steps, tensor by tensor, beside what
 a single process holds. "All tensors" are those that Python knows of, whoever holds them: much more than the sum of the
 others would be something that should have been let go. The peak of resident memory is that of the process, above what
-it was before the model was made; it includes activations, what is in flight, and code that is loaded late.
+it was before the model was made; it includes activations, what is in flight, and code that is loaded late. glibc is
+told to hand back what is freed, which it else keeps or not as it happens.
 
 Activations are all tensors that a training step makes and that live at the same time, at their peak: what the graphs
 keep, what is in flight, gradients too. Micro-batches have one size, whatever their number, and layers are narrow, so
@@ -223,7 +224,7 @@ def _activation_peak(schedule: str, ranks: int, micro_batches: int, width: int, 
 
 def measure_held(ranks: int, width: int) -> list[Held]:
     """What each rank holds."""
-    return run_distributed(hold, ranks, ranks, width, timeout=600)
+    return run_distributed(hold, ranks, ranks, width, timeout=600, env={"MALLOC_MMAP_THRESHOLD_": "65536"})
 
 
 def measure_activations(
@@ -236,7 +237,7 @@ def measure_activations(
 def _print_held(pipelines: list[int], width: int) -> dict[int, list[dict[str, Any]]]:
     found = {ranks: measure_held(ranks, width) for ranks in [1, *pipelines]}
     [single] = found[1]
-    table = Table("ranks", "rank", "parameters, Adam", "of one process", "gradients", "all tensors", "resident (peak)")
+    table = Table("P", "rank", "weights, Adam", "of one", "gradients", "all tensors", "resident")
     rows: dict[int, list[dict[str, Any]]] = {}
     for ranks, every in found.items():
         rows[ranks] = []
