@@ -1,11 +1,16 @@
-"""The scripts run; what they measure is not tested."""
+"""The scripts run. Times that they measure are not tested; bytes are, and what is made of times."""
 
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
+
+from danon_lightning.strategies.pipeline.timeline import Pass
 
 SCRIPTS = Path(__file__).parents[1] / "benchmarks"
 
@@ -39,3 +44,66 @@ def test_the_cost_of_pipelines_is_printed_and_drawn(tmp_path):
     output = run("pipeline.py", "--only", "1f1b", "--steps", "5", "--micro-batches", "2", "--plot", str(file))
     assert "1f1b" in output
     assert file.read_bytes().startswith(b"\x89PNG")
+
+
+# ---- what the figures rest on: the measures themselves, on small settings
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Imports a script."""
+    if not SCRIPTS.exists():
+        pytest.skip("not a checkout of the repository")
+    monkeypatch.syspath_prepend(SCRIPTS)
+    return importlib.import_module
+
+
+def test_idle_is_what_passes_leave_of_ranks_and_time(load):
+    bubble = load("pipeline_bubble")
+    # Two ranks and two micro-batches, F = 1 and B = 2; clocks of ranks start anywhere before the first pass.
+    ranks = [
+        [Pass(0, "forward", 0, 5, 6), Pass(0, "forward", 1, 6, 7), Pass(0, "backward", 0, 9, 11)],
+        [Pass(1, "forward", 0, 6, 7), Pass(1, "backward", 0, 7, 9), Pass(1, "forward", 1, 9, 10)],
+    ]
+    ranks[1].append(Pass(1, "backward", 1, 10, 12))
+    ranks[0].append(Pass(0, "backward", 1, 12, 14))
+    assert bubble.idle_share(ranks) == pytest.approx(bubble.least_idle(2, 2)) == pytest.approx(1 / 3)
+    # Gradients of weights are work; what else a timeline may show is not.
+    ranks[1].append(Pass(1, "weights", 1, 12, 13.5))
+    ranks[1].append(Pass(1, "waiting", 1, 13.5, 20))
+    assert bubble.idle_share(ranks) == pytest.approx(1 - 13.5 / 18)
+
+
+def test_a_layer_waits_for_its_weight_when_the_gradient_of_the_weight_is_computed(load, monkeypatch):
+    bubble = load("pipeline_bubble")
+    slept = []
+    monkeypatch.setattr(bubble.time, "sleep", lambda seconds: slept.append(seconds) if seconds else None)
+    layer = bubble.WaitingLayer(3.0)
+    x = torch.zeros(2, requires_grad=True)
+    layer(x).sum().backward()
+    assert len(slept) == 3
+    slept.clear()
+    _, groups = stage_backward_input([layer(x).sum()], None, [x], iter([layer.weight]))
+    assert len(slept) == 2
+    stage_backward_weight(iter([layer.weight]), groups)
+    assert len(slept) == 3
+    assert layer.weight.grad == 4  # of both
+
+
+def test_a_rank_holds_its_share_of_parameters_gradients_and_optimizer_state(load):
+    memory = load("pipeline_memory")
+    single = memory.hold(1, 128)
+    weights = memory.LAYERS * (128 + 1) * 128 * 4
+    assert single.parameters == single.gradients == weights
+    assert single.optimizer == 2 * weights + 4 * 2 * memory.LAYERS  # and counters of steps
+    for held in memory.measure_held(2, 128):
+        assert held.parameters + held.optimizer <= 1.1 / 2 * (single.parameters + single.optimizer)
+        assert held.gradients == weights / 2
+        # Nothing else is kept but a batch, of other sizes.
+        assert held.tensors <= 1.1 * (held.parameters + held.optimizer + held.gradients)
+
+
+def test_activations_of_1f1b_do_not_grow_with_the_number_of_micro_batches(load):
+    peaks = load("pipeline_memory").measure_activations(2, [4, 8], width=32, samples=256)
+    assert peaks["1f1b"][4] == peaks["1f1b"][8]
+    assert peaks["gpipe"][8] > 1.9 * peaks["gpipe"][4] > 1.9 * peaks["1f1b"][4]
