@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from danon_lightning.strategies import DanonHybridStrategy
 from danon_lightning.testing import EmulatedHosts, run_distributed
 
-BATCH, MICRO_BATCHES, NODES, RANKS = 128, 8, 2, 2
+BATCH, MICRO_BATCHES, NODES, RANKS = 512, 4, 2, 2
 GRADIENTS = 4 * LAYERS * (WIDTH * WIDTH + WIDTH)
 ACTIVATIONS = 4 * BATCH * WIDTH
 # What a node sends in a step, in bytes.

@@ -14,6 +14,7 @@ from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import _augment_message
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.console import Console
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -195,9 +196,10 @@ class PipelinedStrategy(DanonHybridStrategy):
         batch = self._steps.prepare(TRAINING, args, self.precision_plugin.train_step_context, seed)
         if not self._settled:
             self._settle()
-        # Lightning resets gradients after this method, and adds to those of earlier batches in backward.
+        # Lightning resets gradients after this method, and adds to those of earlier batches in backward. What it is
+        # about to reset would only take memory.
         parameters = list(self._own_parameters())
-        before = [parameter.grad for parameter in parameters]
+        before = [None if self._resets_gradients() else parameter.grad for parameter in parameters]
         for parameter in parameters:
             parameter.grad = None
         stopwatch = Stopwatch(self.root_device) if self._measures else None
@@ -213,6 +215,18 @@ class PipelinedStrategy(DanonHybridStrategy):
         for parameter, gradient in zip(parameters, before, strict=True):
             parameter.grad = gradient
         return result
+
+    def _resets_gradients(self) -> bool:
+        """Whether Lightning will now reset gradients, and nobody looks at them before."""
+        module = self.lightning_module
+        assert module is not None
+        trainer = module.trainer
+        watchers: list[Any] = [module, *trainer.callbacks]  # type: ignore[attr-defined]
+        return (
+            trainer.fit_loop.batch_idx % trainer.accumulate_grad_batches == 0
+            and not is_overridden("optimizer_zero_grad", module)
+            and not any(is_overridden("on_before_zero_grad", watcher) for watcher in watchers)
+        )
 
     def _suggest_cuts(self) -> None:
         """Say so if the stages have unevenly much to do."""
