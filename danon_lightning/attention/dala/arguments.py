@@ -6,8 +6,10 @@ from torch import Tensor
 __all__ = ["check_settings", "check_tensors"]
 
 
-def check_settings(block_size: int, memory_size: int, importance_threshold: float) -> None:
-    """Raise ``ValueError`` unless the settings are in range."""
+def check_settings(q: Tensor, block_size: int, memory_size: int, importance_threshold: float) -> None:
+    """Raise ``ValueError`` unless there are queries and the settings are in range."""
+    if q.dim() != 4 or 0 in q.shape:
+        raise ValueError(f"q has shape {list(q.shape)}; it must be [batch, heads, tokens, width], none of them zero")
     if not isinstance(block_size, int) or block_size < 1:
         raise ValueError(f"block_size={block_size!r} must be an integer of at least 1")
     if not isinstance(memory_size, int) or memory_size < 0:

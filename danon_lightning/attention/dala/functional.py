@@ -125,9 +125,7 @@ def dala_attention(
     Raises:
         ValueError: If shapes do not fit each other or a setting is out of range.
     """
-    check_settings(block_size, memory_size, importance_threshold)
-    if q.dim() != 4 or 0 in q.shape:
-        raise ValueError(f"q has shape {list(q.shape)}; it must be [batch, heads, tokens, width], none of them zero")
+    check_settings(q, block_size, memory_size, importance_threshold)
     blocks = Blocks.of(q.shape[-2], block_size, q.device)
     check_tensors(
         q,
