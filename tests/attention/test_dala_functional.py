@@ -295,6 +295,11 @@ def test_pieces_put_together_are_the_whole():
     assert [piece.shape[2] for piece in blocks.cut(x)] == [5, 5, 3]
 
 
+def test_shapes_can_be_found_on_the_meta_device():
+    tensors = {name: tensor.detach().to("meta") for name, tensor in make_tensors(50).items()}
+    assert dala_attention(**tensors, **SIZES).shape == (BATCH, HEADS, 50, WIDTH)
+
+
 @pytest.mark.cuda
 def test_cuda_equals_cpu():
     torch.manual_seed(0)

@@ -212,6 +212,13 @@ def test_no_matrix_of_all_pairs_is_formed(rule):
     assert max(sizes) <= BATCH * HEADS * length * 16
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_shapes_can_be_found_on_the_meta_device(rule):
+    tensors = {name: tensor.detach().to("meta") for name, tensor in make_tensors(rule, 50).items()}
+    output, state = RULES[rule][0](**tensors)
+    assert output.shape == (BATCH, HEADS, 50, VALUE_WIDTH) and state.shape == (BATCH, HEADS, WIDTH, VALUE_WIDTH)
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("rule", RULES)
 def test_cuda_equals_cpu(rule):

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from danon_lightning.attention.merging import MASKED
+from danon_lightning.attention.precision import without_autocast
 
 __all__ = ["distance_coefficients", "local_bias"]
 
@@ -43,5 +44,5 @@ def local_bias(coefficients: Tensor, distances: Tensor) -> Tensor:
     future = torch.where(distances < 0, MASKED, 0.0).to(past)
     powers = torch.stack([past, past.square(), future]).flatten(1)
     # Biases of dozens would lose their fraction in bfloat16.
-    with torch.autocast(coefficients.device.type, enabled=False):
+    with without_autocast(coefficients.device):
         return (coefficients @ powers).unflatten(-1, distances.shape)

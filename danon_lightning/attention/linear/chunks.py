@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Chunks", "chunked", "decay_between"]
+__all__ = ["Chunks", "chunked", "cumulated", "decay_between"]
 
 # Its exponential is zero in every dtype, and so is the gradient there: raising stronger decays to this changes nothing,
 # keeps minus infinity, that is forgetting everything, out of the differences, and bounds their rounding errors.
@@ -70,20 +70,27 @@ def chunked(
     decays = log_decay.unsqueeze(-1).to(precise).clamp(min=STRONGEST_LOG_DECAY)
     rates = [None] * chunks if beta is None else cut(beta.unsqueeze(-1).to(dtype))
     for piece in zip(cut(q.to(dtype)), cut(k.to(dtype)), cut(v.to(dtype)), cut(decays), rates, strict=False):
-        yield Chunks(*piece[:3], piece[3].squeeze(-1).cumsum(dim=-1), piece[4])
+        yield Chunks(*piece[:3], cumulated(piece[3].squeeze(-1)), piece[4])
 
 
-def decay_between(cumulated: Tensor, dtype: torch.dtype) -> Tensor:
+def cumulated(log_decay: Tensor) -> Tensor:
+    """Return the sums of the first 1 to m of the m entries of the last dimension, ``[..., m]``."""
+    # As a product, for torch.cumsum has no deterministic form on CUDA.
+    moments = log_decay.shape[-1]
+    return log_decay @ torch.ones(moments, moments, dtype=log_decay.dtype, device=log_decay.device).triu()
+
+
+def decay_between(log_decay: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the decay from each moment j to each moment i >= j, and zero for i < j.
 
     Args:
-        cumulated: Logarithm of the decay from some moment before to each of m moments ``[..., m]``.
+        log_decay: Logarithm of the decay from some moment before to each of m moments ``[..., m]``.
         dtype: Dtype of the result.
 
     Returns:
         exp(G_i - G_j), ``[..., m, m]``.
     """
-    moments = cumulated.shape[-1]
-    future = torch.ones(moments, moments, dtype=torch.bool, device=cumulated.device).triu(1)
-    differences = (cumulated.unsqueeze(-1) - cumulated.unsqueeze(-2)).to(dtype)
+    moments = log_decay.shape[-1]
+    future = torch.ones(moments, moments, dtype=torch.bool, device=log_decay.device).triu(1)
+    differences = (log_decay.unsqueeze(-1) - log_decay.unsqueeze(-2)).to(dtype)
     return differences.masked_fill_(future, float("-inf")).exp_()

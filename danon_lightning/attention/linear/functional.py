@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from danon_lightning.attention.linear.chunks import Chunks, chunked, decay_between
+from danon_lightning.attention.linear.chunks import Chunks, chunked, cumulated, decay_between
+from danon_lightning.attention.precision import without_autocast
 
 __all__ = ["gated_delta_rule", "gated_linear_attention"]
 
@@ -104,7 +105,7 @@ def _run(
     else:
         state = initial_state.to(dtype).flatten(0, 1)
     outputs = []
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         for chunks in chunked(q, k, v, log_decay, beta, min(chunk_size, length), dtype):
             output, state = _add_up(chunks, state) if beta is None else _replace(chunks, state)
             outputs.append(output.flatten(1, 2).to(v.dtype))
@@ -126,7 +127,7 @@ def _add_up(chunks: Chunks, state: Tensor) -> tuple[Tensor, Tensor]:
     within = (chunks.q @ chunks.k.mT * decay_between(log_decay, dtype)) @ chunks.v
     # What a chunk adds to the state by its end. The states between chunks are sums of these, decayed: one product.
     added = (chunks.k * _to_end(log_decay, dtype)).mT @ chunks.v  # [N, T, d, dv]
-    by_chunk = F.pad(log_decay[..., -1].cumsum(dim=-1), (1, 0))  # [N, T + 1]
+    by_chunk = F.pad(cumulated(log_decay[..., -1]), (1, 0))  # [N, T + 1]
     terms = torch.cat([state.unsqueeze(1), added], dim=1).flatten(-2)
     states = (decay_between(by_chunk, dtype) @ terms).unflatten(-1, state.shape[-2:])
     before = chunks.q * log_decay.exp().to(dtype).unsqueeze(-1) @ states[:, :-1]
