@@ -1,0 +1,79 @@
+"""What the functional cores of DALA accept."""
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_settings", "check_tensors"]
+
+
+def check_settings(q: Tensor, block_size: int, memory_size: int, importance_threshold: float) -> None:
+    """Raise ``ValueError`` unless there are queries and the settings are in range."""
+    if q.dim() != 4 or 0 in q.shape:
+        raise ValueError(f"q has shape {list(q.shape)}; it must be [batch, heads, tokens, width], none of them zero")
+    if not isinstance(block_size, int) or block_size < 1:
+        raise ValueError(f"block_size={block_size!r} must be an integer of at least 1")
+    if not isinstance(memory_size, int) or memory_size < 0:
+        raise ValueError(f"memory_size={memory_size!r} must be an integer of at least 0; 0 means no memory")
+    if not 0.0 <= importance_threshold <= 1.0:
+        raise ValueError(
+            f"importance_threshold={importance_threshold} must be between 0 and 1: it is compared with the importance, "
+            "not with its logarithm"
+        )
+
+
+def check_tensors(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: int,
+    *,
+    log_importance: Tensor,
+    distance_decay: Tensor,
+    window_width: Tensor | float,
+    memory_bias: Tensor | None,
+    key_padding_mask: Tensor | None,
+) -> None:
+    """Raise ``ValueError`` unless the tensors fit each other.
+
+    Args:
+        q: Queries; the other tensors are as in ``dala_attention``.
+        k: Keys.
+        v: Values.
+        blocks: The number of blocks that the queries belong to.
+        log_importance: ``[b, n]``.
+        distance_decay: ``[H]``.
+        window_width: A number or ``[]``, ``[H]`` or ``[H, blocks]``.
+        memory_bias: ``[b, H, n]``.
+        key_padding_mask: ``[b, n]``, boolean.
+    """
+    batch, heads, length, width = q.shape
+    if k.dim() != 4 or k.shape[1] == 0 or heads % k.shape[1]:
+        raise ValueError(
+            f"k has shape {list(k.shape)}, but q has shape {list(q.shape)}; k must have a number of heads that divides "
+            "that of q"
+        )
+    groups = k.shape[1]
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+        "k": (k, (batch, groups, length, width)),
+        "v": (v, (batch, groups, length, width)),
+        "log_importance": (log_importance, (batch, length)),
+        "distance_decay": (distance_decay, (heads,)),
+        "memory_bias": (memory_bias, (batch, heads, length)),
+        "key_padding_mask": (key_padding_mask, (batch, length)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{name} has shape {list(tensor.shape)}, but q has shape {list(q.shape)}; {name} must have shape "
+                f"{list(shape)}"
+            )
+    if isinstance(window_width, Tensor):
+        if tuple(window_width.shape) not in ((), (heads,), (heads, blocks)):
+            raise ValueError(
+                f"window_width has shape {list(window_width.shape)}, but q has shape {list(q.shape)}, which is "
+                f"{blocks} blocks; window_width must be a number or have shape [], [{heads}] or [{heads}, {blocks}]"
+            )
+    elif not window_width > 0:
+        raise ValueError(f"window_width={window_width} must be positive; use a large one for no falling off")
+    if key_padding_mask is not None and key_padding_mask.dtype != torch.bool:
+        raise ValueError(f"key_padding_mask has dtype {key_padding_mask.dtype}; it must be torch.bool, True for tokens")
