@@ -35,8 +35,8 @@ COMPARED = ["1f1b", "interleaved_zero_bubble", "zbv"]
 WORK = ("forward", "backward", "weights")
 # So that a rank can have two stages.
 LAYERS_PER_RANK = 2
-# Of the layers that compute: together half a second a rank and step, or so.
-WIDTH, SAMPLES = 2048, 64
+# Of layers that compute there are more, so that transfers are short beside them.
+COMPUTING_LAYERS_PER_RANK, WIDTH, SAMPLES = 6, 2048, 128
 # The first steps are slower than all others.
 WARM_UP = 2
 
@@ -149,8 +149,9 @@ def train(schedule: str, ranks: int, micro_batches: int, seconds: float | None, 
     torch.manual_seed(0)
     torch.set_num_threads(1)
     shares = IdleShares()
-    layers = LAYERS_PER_RANK * ranks
-    of_stage = LAYERS_PER_RANK if schedule in ("1f1b", "gpipe") else 1
+    of_rank = COMPUTING_LAYERS_PER_RANK if seconds is None else LAYERS_PER_RANK
+    layers = of_rank * ranks
+    of_stage = of_rank if schedule in ("1f1b", "gpipe") else of_rank // 2
     strategy = DanonHybridStrategy(
         pipeline_parallel_size=ranks,
         num_microbatches=micro_batches,
