@@ -53,7 +53,7 @@ def test_every_pass_is_measured_and_drawn(tmp_path, schedule, stages):
 
 class Sleep(nn.Module):
     def forward(self, x):
-        time.sleep(0.1)
+        time.sleep(0.5)
         return x
 
 
@@ -77,7 +77,7 @@ def measure_slow_stage():
 
 def test_the_rank_behind_a_slow_stage_waits():
     first, second = run_distributed(measure_slow_stage, 2, timeout=100)[0]
-    assert seconds(second, "waiting") > 0.2
+    assert seconds(second, "waiting") > 1
     assert seconds(second, "waiting") > 2 * seconds(second, "communication")
     assert seconds(first, "waiting") < seconds(second, "waiting") / 2
 

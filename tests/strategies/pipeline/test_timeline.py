@@ -86,7 +86,7 @@ def compare_clocks():
 def test_clocks_of_all_ranks_are_set_by_the_first_one():
     results = run_distributed(compare_clocks, 3, timeout=100)
     for rank, (offset, timeline) in enumerate(results):
-        assert offset == pytest.approx(3600.0 * rank, abs=0.02)
+        assert offset == pytest.approx(3600.0 * rank, abs=0.03)
         assert timeline == results[0][1]
     passes = [one for (one,) in results[0][1]]
     assert min(p.start for p in passes) == 0 and max(p.start for p in passes) < 60
