@@ -261,12 +261,8 @@ def try_to_fit(case):
         module = Reading()
     elif case == "batches":
         data = loader(seed=trainer.global_rank)
-    elif case == "layers":
-        module = Tied(layers=1)
     elif case == "cut":
         trainer = make_trainer(pipelined(2, stage_cut=[7]), 2)
-    elif case == "named":
-        trainer = make_trainer(pipelined(2, pipeline_layers="blocks"), 2)
     trainer.fit(module, data)
 
 
@@ -277,9 +273,7 @@ def try_to_fit(case):
         ("average", "StochasticWeightAveraging copies the whole module"),
         ("reading", r"test_training.py|lightning_modules.py"),
         ("batches", "the ranks of a pipeline have been given different batches"),
-        ("layers", "at least two blocks"),
         ("cut", r"cuts \(0, 7, 4\) must ascend from 0 to 4, the number of blocks"),
-        ("named", "pipeline_layers='blocks' is not a module of Tied"),
     ],
 )
 def test_what_cannot_work_is_refused_on_every_rank(case, message):
