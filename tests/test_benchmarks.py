@@ -90,6 +90,7 @@ def test_a_layer_waits_for_its_weight_when_the_gradient_of_the_weight_is_compute
     assert layer.weight.grad == 4  # of both
 
 
+@pytest.mark.slow
 def test_a_rank_holds_its_share_of_parameters_gradients_and_optimizer_state(load):
     memory = load("pipeline_memory")
     single = memory.hold(1, 128)
@@ -103,6 +104,7 @@ def test_a_rank_holds_its_share_of_parameters_gradients_and_optimizer_state(load
         assert held.tensors <= 1.1 * (held.parameters + held.optimizer + held.gradients)
 
 
+@pytest.mark.slow
 def test_activations_of_1f1b_do_not_grow_with_the_number_of_micro_batches(load):
     peaks = load("pipeline_memory").measure_activations(2, [4, 8], width=32, samples=256)
     assert peaks["1f1b"][4] == peaks["1f1b"][8]

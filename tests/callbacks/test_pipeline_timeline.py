@@ -75,6 +75,7 @@ def measure_slow_stage():
     return strategy.pipeline_timeline()
 
 
+@pytest.mark.slow
 def test_the_rank_behind_a_slow_stage_waits():
     first, second = run_distributed(measure_slow_stage, 2, timeout=100)[0]
     assert seconds(second, "waiting") > 1

@@ -55,6 +55,7 @@ def train_undisturbed(folder, name, steps):
     trainer.save_checkpoint(f"{folder}/undisturbed.ckpt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_all_ranks_save_the_same_step_and_the_job_is_asked_for_again(tmp_path, name):
     scontrol = tmp_path / "bin" / "scontrol"

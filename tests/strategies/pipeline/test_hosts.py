@@ -15,7 +15,7 @@ from test_training import EXACT, assert_alike, differences, pipelined, run
 
 from danon_lightning.testing import run_distributed
 
-pytestmark = pytest.mark.hosts
+pytestmark = [pytest.mark.hosts, pytest.mark.slow]
 
 # One pipeline over both hosts; and one on each, that exchange gradients.
 SIZES = {"four stages": 4, "two stages, two replicas": 2}

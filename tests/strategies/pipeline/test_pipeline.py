@@ -156,7 +156,7 @@ def compare_evaluation():
             assert abs(result["out"] - loss) < EXACT, name
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_evaluation_gives_the_results_of_one_process(ranks):
     run_distributed(compare_evaluation, ranks, timeout=200)
 
