@@ -65,6 +65,14 @@ class StepTimes(pl.Callback):
         self.seconds.append(time.perf_counter() - self._start)
 
 
+def quiet_trainer(**options: Any) -> pl.Trainer:
+    """A Trainer on the CPU that does nothing but train."""
+    return pl.Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, **options,
+    )  # fmt: skip
+
+
 def train(schedule: str | None, ranks: int, micro_batches: int, steps: int, plot: str | None) -> float:
     """Runs on each rank: the median of the step times without the first three, in seconds."""
     torch.manual_seed(0)
@@ -78,10 +86,7 @@ def train(schedule: str | None, ranks: int, micro_batches: int, steps: int, plot
         )  # fmt: skip
         if plot is not None:
             callbacks.append(PipelineTimeline(every_n_steps=steps, path=plot))
-    trainer = pl.Trainer(
-        strategy=strategy, accelerator="cpu", devices=ranks, max_steps=steps, callbacks=callbacks, logger=False,
-        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
-    )  # fmt: skip
+    trainer = quiet_trainer(strategy=strategy, devices=ranks, max_steps=steps, callbacks=callbacks)
     trainer.fit(Stack(), DataLoader(TensorDataset(torch.randn(BATCH * steps, WIDTH)), batch_size=BATCH))
     return statistics.median(times.seconds[3:])
 

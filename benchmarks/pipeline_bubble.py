@@ -22,17 +22,18 @@ from typing import Any, Protocol
 
 import lightning.pytorch as pl
 import torch
+from pipeline import quiet_trainer
 from rich.console import Console
 from rich.table import Column, Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from danon_lightning.strategies import DanonHybridStrategy
+from danon_lightning.strategies.pipeline.timeline import COMPUTE
 from danon_lightning.testing import run_distributed
 
 SCHEDULES = ["1f1b", "gpipe", "interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble", "zbv"]
 COMPARED = ["1f1b", "interleaved_zero_bubble", "zbv"]
-WORK = ("forward", "backward", "weights")
 # So that a rank can have two stages.
 LAYERS_PER_RANK = 2
 # Of layers that compute there are more, so that transfers are short beside them.
@@ -55,7 +56,7 @@ def idle_share(ranks: Sequence[Sequence[Pass]]) -> float:
     Args:
         ranks: What each has done in a step.
     """
-    passes = [one for passes in ranks for one in passes if one.kind in WORK]
+    passes = [one for passes in ranks for one in passes if one.kind in COMPUTE]
     span = max(one.end for one in passes) - min(one.start for one in passes)
     return 1 - sum(one.end - one.start for one in passes) / (len(ranks) * span)
 
@@ -158,10 +159,7 @@ def train(schedule: str, ranks: int, micro_batches: int, seconds: float | None, 
         schedule=schedule,
         stage_cut=range(of_stage, layers, of_stage),
     )
-    trainer = pl.Trainer(
-        strategy=strategy, accelerator="cpu", devices=ranks, max_steps=WARM_UP + steps, callbacks=[shares],
-        logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
-    )  # fmt: skip
+    trainer = quiet_trainer(strategy=strategy, devices=ranks, max_steps=WARM_UP + steps, callbacks=[shares])
     model = Stack(layers, None if seconds is None else seconds / LAYERS_PER_RANK)
     # Those who wait send little: there is no network to share between them.
     samples, width = (micro_batches * SAMPLES, WIDTH) if seconds is None else (micro_batches, 1)

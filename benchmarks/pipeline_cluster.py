@@ -16,7 +16,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from pipeline import LAYERS, WIDTH, Stack, StepTimes
+from pipeline import LAYERS, WIDTH, Stack, StepTimes, quiet_trainer
 from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader, TensorDataset
@@ -56,10 +56,8 @@ def train(name: str, steps: int) -> tuple[float, float]:
     torch.set_num_threads(1)
     times, counter = StepTimes(), SentBytes()
     strategy = make_strategy(name)
-    trainer = pl.Trainer(
-        strategy=strategy, accelerator="cpu", devices=RANKS, num_nodes=NODES, max_steps=steps, logger=False,
-        callbacks=[times, counter], enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
-    )  # fmt: skip
+    callbacks = [times, counter]
+    trainer = quiet_trainer(strategy=strategy, devices=RANKS, num_nodes=NODES, max_steps=steps, callbacks=callbacks)
     replicas = 4 if name.startswith("4 replicas") else 2
     samples = TensorDataset(torch.randn(BATCH * steps, WIDTH))
     trainer.fit(Stack(), DataLoader(samples, batch_size=BATCH // replicas))

@@ -26,6 +26,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from pipeline import quiet_trainer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -191,10 +192,7 @@ def _fit(
     strategy: Any = "auto"
     if schedule is not None:
         strategy = DanonHybridStrategy(pipeline_parallel_size=ranks, num_microbatches=micro_batches, schedule=schedule)
-    trainer = pl.Trainer(
-        strategy=strategy, accelerator="cpu", devices=ranks, max_steps=steps, callbacks=[callback], logger=False,
-        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
-    )  # fmt: skip
+    trainer = quiet_trainer(strategy=strategy, devices=ranks, max_steps=steps, callbacks=[callback])
     batch = micro_batches * samples
     trainer.fit(Stack(width), DataLoader(TensorDataset(torch.randn(batch * steps, width)), batch_size=batch))
 

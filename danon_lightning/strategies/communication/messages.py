@@ -131,6 +131,13 @@ def plan_messages(
     return Plan(tuple(messages), tuple(dense))
 
 
+def travels_dense(parameter: Tensor, compressor: Compressor | LinearCompressor) -> bool:
+    """Whether a parameter is exchanged as it is, though others are coded."""
+    if parameter.dim() < 2 or parameter.numel() < SMALLEST_COMPRESSED or parameter.is_complex():
+        return True
+    return isinstance(compressor, LinearCompressor) and compressor.code_numel(parameter.shape) is None
+
+
 def real_numel(parameter: Tensor) -> int:
     """How many real numbers it has: buckets hold complex ones as pairs, which have no blocks of their own."""
     return parameter.numel() * (2 if parameter.is_complex() else 1)
@@ -156,9 +163,7 @@ class _Packer:
     def add(self, name: str, parameter: Tensor, bucket_offset: int) -> bool:
         """Take the parameter, unless it is to travel dense."""
         numel, compressor = parameter.numel(), self._compressor
-        if compressor is None or parameter.dim() < 2 or numel < SMALLEST_COMPRESSED or parameter.is_complex():
-            return False
-        if isinstance(compressor, LinearCompressor) and compressor.code_numel(parameter.shape) is None:
+        if compressor is None or travels_dense(parameter, compressor):
             return False
         shares = len(self._pieces)
         alignment = compressor.alignment if isinstance(compressor, Compressor) else 1

@@ -7,7 +7,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from danon_lightning.strategies.communication.compressors import Compressor, LinearCompressor
-from danon_lightning.strategies.communication.messages import SMALLEST_COMPRESSED
+from danon_lightning.strategies.communication.messages import travels_dense
 from danon_lightning.strategies.mesh import Mesh
 from danon_lightning.strategies.pipeline.schedules import Schedule
 
@@ -77,11 +77,10 @@ def gradient_bytes(parameter: Tensor, compressor: Compressor | LinearCompressor 
         nodes: How many exchange codes. Where each must get the codes of all others, and not their sum, this counts.
     """
     dense = float(parameter.numel() * parameter.element_size())
-    if compressor is None or parameter.dim() < 2 or parameter.numel() < SMALLEST_COMPRESSED:
+    if compressor is None or travels_dense(parameter, compressor):
         return dense
     if isinstance(compressor, LinearCompressor):
-        numel = compressor.code_numel(parameter.shape)
-        return dense if numel is None else 4.0 * numel
+        return 4.0 * (compressor.code_numel(parameter.shape) or 0)
     if compressor.prefers_dense(_SETTLED, nodes):
         return dense
     coded = compressor.payload_bytes(parameter.numel(), _SETTLED)

@@ -20,7 +20,7 @@ from danon_lightning.strategies.pipeline.dry_run import dry_run
 from danon_lightning.strategies.pipeline.ownership import find_owners
 from danon_lightning.strategies.pipeline.placement import Traffic, gradient_bytes, traffic_between_nodes
 from danon_lightning.strategies.pipeline.profiling import measured_costs
-from danon_lightning.strategies.pipeline.recording import Cuts
+from danon_lightning.strategies.pipeline.recording import Cuts, Recording
 from danon_lightning.strategies.pipeline.schedules import Schedule
 from danon_lightning.strategies.pipeline.slots import find_slots
 from danon_lightning.strategies.pipeline.trial import first_batch, trial_step
@@ -131,11 +131,11 @@ def belongs_across_nodes(
     except ValueError:
         return False  # they do not fit so
     found = torch.zeros(2, 2, dtype=torch.float64, device=device)
-    if not mesh.rank:
+    recording = _first_recording(module, blocks, device) if not mesh.rank else None
+    if recording is not None:
         for row, one, two_levels in zip(found, (mesh, across), levels, strict=True):
-            traffic = _traffic(module, blocks, cuts, schedule, one, compressor, two_levels, device)
-            if traffic is not None:
-                row.copy_(torch.tensor([traffic.gradients, traffic.activations]))
+            traffic = _traffic(module, blocks, cuts, schedule, recording, one, compressor, two_levels)
+            row.copy_(torch.tensor([traffic.gradients, traffic.activations]))
     dist.broadcast(found, 0)
     inside, outside = (Traffic(*row) for row in found.tolist())
     if not inside.total:
@@ -149,24 +149,28 @@ def belongs_across_nodes(
     return is_less
 
 
+def _first_recording(module: pl.LightningModule, blocks: Blocks, device: torch.device) -> Recording | None:
+    """A dry run of the first batch; None if this, or what a step does with it, cannot be known yet."""
+    batch = first_batch(module.trainer, device)
+    if batch is None:
+        return None
+    try:
+        return dry_run(module, blocks, trial_step(module.trainer, batch))
+    except Exception:  # a step may need what hooks make later; if something else is wrong, training will say so
+        return None
+
+
 def _traffic(
     module: pl.LightningModule,
     blocks: Blocks,
     cuts: Cuts,
     schedule: Schedule,
+    recording: Recording,
     mesh: Mesh,
     compressor: Compressor | LinearCompressor | None,
     two_levels: bool,
-    device: torch.device,
-) -> Traffic | None:
-    """What a placement costs; None if the first batch, or what a step does with it, cannot be known yet."""
-    batch = first_batch(module.trainer, device)
-    if batch is None:
-        return None
-    try:
-        recording = dry_run(module, blocks, trial_step(module.trainer, batch))
-    except Exception:  # a step may need what hooks make later; if something else is wrong, training will say so
-        return None
+) -> Traffic:
+    """What a placement costs."""
     nodes = mesh.data_parallel_size // mesh.replicas_per_node
     gradients = [0.0] * mesh.pipeline_parallel_size
     slots = find_slots(module)
