@@ -7,7 +7,9 @@ without learned parts, are functions in ``danon_lightning.attention.functional``
 
 from danon_lightning.attention.config import AttentionConfig
 from danon_lightning.attention.core import AttentionCore, State, detach_state, map_state
+from danon_lightning.attention.dala import DALAConfig, DALAModel, DALAOutput
 from danon_lightning.attention.full import FullAttentionConfig, FullAttentionModel
+from danon_lightning.attention.infinite import InfiniteAttentionConfig, InfiniteModel
 from danon_lightning.attention.model import AttentionModel, AttentionModelOutput
 from danon_lightning.attention.msra import MSRAConfig, MSRAModel
 from danon_lightning.attention.registry import available_variants, get_variant, register_variant
@@ -17,8 +19,13 @@ __all__ = [
     "AttentionCore",
     "AttentionModel",
     "AttentionModelOutput",
+    "DALAConfig",
+    "DALAModel",
+    "DALAOutput",
     "FullAttentionConfig",
     "FullAttentionModel",
+    "InfiniteAttentionConfig",
+    "InfiniteModel",
     "MSRAConfig",
     "MSRAModel",
     "State",

@@ -102,6 +102,14 @@ class AttentionConfig:
         """Inner width of the MLP."""
         return 4 * self.hidden_size if self.intermediate_size is None else self.intermediate_size
 
+    def for_layer(self, index: int) -> "AttentionConfig":
+        """Return the settings of one layer: these, unless a variant mixes layers of several kinds.
+
+        Args:
+            index: From 0 on.
+        """
+        return self
+
     def state_signature(self) -> dict[str, Any]:
         """Return the settings that a streaming state depends on, by name.
 

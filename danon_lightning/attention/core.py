@@ -1,7 +1,8 @@
 """What the shared block expects of an attention variant, and what streaming states are made of."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from danon_lightning.attention.config import AttentionConfig
 
-__all__ = ["AttentionCore", "State", "detach_state", "map_state"]
+__all__ = ["AttentionCore", "State", "detach_state", "map_state", "observing"]
 
 # Plain dicts and lists of tensors, numbers and strings only: torch.save writes them, and
 # torch.load(weights_only=True) reads them back.
@@ -53,6 +54,7 @@ class AttentionCore(nn.Module, ABC):
         """Keep the settings."""
         super().__init__()
         self.config = config
+        self._observed: dict[str, Tensor | None] = {}
 
     @abstractmethod
     def forward(
@@ -90,7 +92,39 @@ class AttentionCore(nn.Module, ABC):
             dtype: Dtype of its keys, values and the like.
         """
 
+    def _observe(self, name: str, measure: Callable[[], Tensor]) -> None:
+        """Measure something, if ``observing`` asks for it by this name."""
+        if name in self._observed:
+            # What is measured only once must not be part of what a checkpoint computes twice.
+            twice = self.config.gradient_checkpointing and self.training
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not twice):
+                self._observed[name] = measure()
+
     @property
     def streams_without_end(self) -> bool:
         """Whether the streaming form may go on beyond ``max_sequence_length``."""
         return False
+
+
+@contextmanager
+def observing(cores: Iterable[AttentionCore], names: Iterable[str]) -> Iterator[list[dict[str, Tensor | None]]]:
+    """Ask cores for what they measure on their way, for the time of the context.
+
+    Args:
+        cores: The cores.
+        names: What is asked for; the docstring of a core names what it offers.
+
+    Yields:
+        For each core the values of its newest forward pass by name, in the graph unless gradients are checkpointed;
+        ``None`` for what it has not measured.
+    """
+    cores, names = list(cores), list(names)
+    before = [core._observed for core in cores]
+    observed: list[dict[str, Tensor | None]] = [dict.fromkeys(names) for _ in cores]
+    for core, values in zip(cores, observed, strict=True):
+        core._observed = values
+    try:
+        yield observed
+    finally:
+        for core, values in zip(cores, before, strict=True):
+            core._observed = values

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from danon_lightning.attention.block import AttentionBlock
 from danon_lightning.attention.config import AttentionConfig
-from danon_lightning.attention.core import State
+from danon_lightning.attention.core import State, observing
 from danon_lightning.attention.layers import NormalEmbedding
 from danon_lightning.attention.registry import variant_of
 
@@ -26,7 +26,12 @@ class AttentionModelOutput:
         last_hidden_state: Output of the final norm ``[b, n, D]``, zero at padded positions.
         state: The streaming state after the input, if one was given.
         all_hidden_states: The embeddings and the output of every block, each ``[b, n, D]``, if asked for.
+
+    A subclass adds what the cores of its variant measure, one entry a layer, under the names by which they offer it;
+    ``details`` are those that are given without being asked for.
     """
+
+    details: ClassVar[tuple[str, ...]] = ()
 
     last_hidden_state: Tensor
     state: State | None = None
@@ -34,8 +39,14 @@ class AttentionModelOutput:
 
     def to_tuple(self) -> tuple[Any, ...]:
         """Return the fields that are not ``None``, in order."""
-        values = (self.last_hidden_state, self.state, self.all_hidden_states)
+        values = (getattr(self, field.name) for field in fields(self))
         return tuple(value for value in values if value is not None)
+
+    @classmethod
+    def all_details(cls) -> tuple[str, ...]:
+        """Return the names of all that cores of the variant can be asked for."""
+        shared = {field.name for field in fields(AttentionModelOutput)}
+        return tuple(field.name for field in fields(cls) if field.name not in shared)
 
 
 class AttentionModel(nn.Module):
@@ -53,13 +64,13 @@ class AttentionModel(nn.Module):
     """
 
     config_class: ClassVar[type[AttentionConfig]] = AttentionConfig
+    output_class: ClassVar[type[AttentionModelOutput]] = AttentionModelOutput
 
     def __init__(self, config: AttentionConfig | None = None, **overrides: Any) -> None:
         """Create the layers."""
         super().__init__()
         self.config = config = self._resolve_config(config, overrides)
         width, std = config.hidden_size, config.initializer_range
-        attention_class = variant_of(config).attention_class
         self.token_embedding = NormalEmbedding(config.vocab_size, width, std=std)
         self.type_embedding = (
             NormalEmbedding(config.type_vocab_size, width, std=std) if config.type_vocab_size else None
@@ -67,7 +78,10 @@ class AttentionModel(nn.Module):
         self.position_embedding = (
             NormalEmbedding(config.max_sequence_length, width, std=std) if config.learned_positions else None
         )
-        self.layers = nn.ModuleList(AttentionBlock(config, attention_class(config)) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(
+            AttentionBlock(layer_config, variant_of(layer_config).attention_class(layer_config))
+            for layer_config in map(config.for_layer, range(config.num_layers))
+        )
         self.final_norm = nn.RMSNorm(width, eps=config.layer_norm_eps)
 
     def init_state(self, batch_size: int) -> State:
@@ -88,7 +102,7 @@ class AttentionModel(nn.Module):
             "signature": self._signature(),
             "batch_size": batch_size,
             "position": 0,
-            "layers": [layer.init_state(batch_size) for layer in self._blocks()],
+            "layers": [layer.init_state(batch_size) for layer in self.blocks()],
         }
 
     def forward(
@@ -100,6 +114,7 @@ class AttentionModel(nn.Module):
         position_ids: Tensor | None = None,
         state: State | None = None,
         output_hidden_states: bool = False,
+        output_details: Sequence[str] | None = None,
         return_dict: bool = True,
     ) -> AttentionModelOutput | tuple[Any, ...]:
         """Compute the hidden states of a batch of sequences, or of their next chunk.
@@ -113,6 +128,8 @@ class AttentionModel(nn.Module):
             state: A state from ``init_state`` or an earlier output; the input then continues that sequence. The given
                 state itself is not changed.
             output_hidden_states: Whether the hidden states between the blocks are returned too.
+            output_details: Which of the fields that the output class of this variant adds are wanted; ``None``: its
+                ``details``.
             return_dict: ``False`` returns a tuple of those results that are not ``None``.
 
         Returns:
@@ -128,21 +145,29 @@ class AttentionModel(nn.Module):
         hidden = self._embed(input_ids, token_type_ids, position_ids, first)
         all_hidden = [hidden]
         layer_states: list[State | None] = []
-        for index, layer in enumerate(self.layers):
-            layer_state = None if state is None else state["layers"][index]
-            if self.config.gradient_checkpointing and self.training and torch.is_grad_enabled():
-                hidden, layer_state = checkpoint(layer, hidden, mask, layer_state, use_reentrant=False)
-            else:
-                hidden, layer_state = layer(hidden, mask, layer_state)
-            all_hidden.append(hidden)
-            layer_states.append(layer_state)
+        wanted = self._wanted(output_details)
+        with observing([block.core for block in self.blocks()] if wanted else [], wanted) as observed:
+            for index, layer in enumerate(self.layers):
+                layer_state = None if state is None else state["layers"][index]
+                if self.config.gradient_checkpointing and self.training and torch.is_grad_enabled():
+                    hidden, layer_state = checkpoint(layer, hidden, mask, layer_state, use_reentrant=False)
+                else:
+                    hidden, layer_state = layer(hidden, mask, layer_state)
+                all_hidden.append(hidden)
+                layer_states.append(layer_state)
         last = self.final_norm(hidden)
         if mask is not None:
             last = last.masked_fill(~mask.unsqueeze(-1), 0.0)
         new_state = None
         if state is not None:
             new_state = {**state, "position": first + input_ids.shape[1], "layers": layer_states}
-        output = AttentionModelOutput(last, new_state, tuple(all_hidden) if output_hidden_states else None)
+        details = {name: tuple(values[name] for values in observed) for name in wanted}
+        output = self.output_class(
+            last,
+            new_state,
+            tuple(all_hidden) if output_hidden_states else None,
+            **{name: None if None in values else values for name, values in details.items()},
+        )
         return output if return_dict else output.to_tuple()
 
     @classmethod
@@ -155,8 +180,19 @@ class AttentionModel(nn.Module):
             raise TypeError(f"{', '.join(unknown)}: not a setting of this model; use one of {', '.join(known)}")
         return cls.config_class(**overrides) if config is None else replace(config, **overrides)
 
-    def _blocks(self) -> Sequence[AttentionBlock]:
+    def blocks(self) -> list[AttentionBlock]:
+        """Return the blocks in order."""
         return [layer for layer in self.layers if isinstance(layer, AttentionBlock)]
+
+    def _wanted(self, details: Sequence[str] | None) -> Sequence[str]:
+        if details is None:
+            return self.output_class.details
+        known = self.output_class.all_details()
+        if unknown := sorted(set(details) - set(known)):
+            raise ValueError(
+                f"output_details: {', '.join(unknown)} is not among {', '.join(known) or 'the (no) details'}"
+            )
+        return details
 
     def _signature(self) -> dict[str, Any]:
         return {"config_class": type(self.config).__name__, **self.config.state_signature()}
@@ -202,7 +238,7 @@ class AttentionModel(nn.Module):
         limit = self.config.max_sequence_length
         if first + tokens <= limit:
             return
-        endless = all(layer.core.streams_without_end for layer in self._blocks())
+        endless = all(layer.core.streams_without_end for layer in self.blocks())
         if streaming and endless and self.position_embedding is None:
             return
         seen = f" after the {first} that the state has seen" if first else ""

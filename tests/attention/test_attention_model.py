@@ -1,5 +1,8 @@
 """The models around the cores."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -7,29 +10,13 @@ from danon_lightning.attention import (
     AttentionModel,
     AttentionModelOutput,
     FullAttentionConfig,
-    FullAttentionModel,
-    MSRAConfig,
     MSRAModel,
 )
 
-SIZES = {"vocab_size": 11, "hidden_size": 16, "num_layers": 2, "max_sequence_length": 64}
-MSRA = {"block_size": 4, "compression_factor": 2}
+sys.path.insert(0, str(Path(__file__).parent))
+from variants import BIDIRECTIONAL, VARIANTS, build, make_config, scramble  # noqa: E402
+
 pytestmark = pytest.mark.filterwarnings("ignore:num_levels is fixed")
-
-
-def build(variant: str, **settings) -> AttentionModel:
-    torch.manual_seed(0)
-    if variant == "full":
-        return FullAttentionModel(**{**SIZES, **settings})
-    return MSRAModel(**{**SIZES, **MSRA, **settings})
-
-
-def scramble(model: AttentionModel) -> AttentionModel:
-    """Move every parameter away from its neutral start."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.2)
-    return model
 
 
 @pytest.mark.parametrize("length", [1, 2, 5, 9, 40])
@@ -45,9 +32,20 @@ def scramble(model: AttentionModel) -> AttentionModel:
         ("msra", {"num_levels": 1}),
         ("msra", {"num_levels": 1, "feature_fusion": "concat"}),
         ("msra", {"num_levels": 6, "attention_dropout": 0.1, "gradient_checkpointing": True}),
+        ("dala", {}),
+        ("dala", {"num_kv_heads": 2, "gradient_checkpointing": True, "state_update_frequency": 4}),
+        ("dala", {"use_sparse_attention": False}),
+        ("dala", {"use_recursive_state": False}),
+        ("dala", {"use_sparse_attention": False, "use_recursive_state": False}),
+        ("dala", {"use_adaptive_router": False}),
+        ("infinite", {}),
+        ("infinite", {"memory_size": 5, "num_kv_heads": 2, "gradient_checkpointing": True}),
+        ("infinite", {"sliding_window": 8}),
     ],
 )
 def test_every_parameter_receives_a_gradient(variant, settings, causal, length):
+    if not causal and variant not in BIDIRECTIONAL:
+        pytest.skip("this variant is causal")
     model = build(variant, causal=causal, **settings)
     mask = torch.ones(2, length, dtype=torch.int64)
     mask[0, : length // 2] = 0
@@ -57,8 +55,9 @@ def test_every_parameter_receives_a_gradient(variant, settings, causal, length):
     assert [name for name, grad in grads.items() if grad is None or not grad.isfinite().all()] == []
 
 
-@pytest.mark.parametrize("variant", ["full", "msra"])
-@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("variant", "causal"), [*((variant, True) for variant in VARIANTS), *((name, False) for name in BIDIRECTIONAL)]
+)
 def test_padding_changes_nothing_and_gives_zeros(variant, causal):
     model = scramble(build(variant, causal=causal).double())
     ids = torch.randint(0, 11, (3, 30))
@@ -83,7 +82,7 @@ def test_left_padding_equals_a_shift_under_full_attention():
     torch.testing.assert_close(padded, model(ids).last_hidden_state, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("variant", ["full", "msra"])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_the_future_does_not_leak(variant):
     model = scramble(build(variant).double())
     ids = torch.randint(0, 11, (2, 40))
@@ -96,7 +95,7 @@ def test_the_future_does_not_leak(variant):
         assert not torch.allclose(other[:, position], output[:, position])
 
 
-@pytest.mark.parametrize("variant", ["full", "msra"])
+@pytest.mark.parametrize("variant", BIDIRECTIONAL)
 def test_both_sides_are_seen_when_not_causal(variant):
     model = scramble(build(variant, causal=False).double())
     ids = torch.randint(0, 11, (1, 40))
@@ -106,7 +105,7 @@ def test_both_sides_are_seen_when_not_causal(variant):
     assert (difference > 1e-9).all()
 
 
-@pytest.mark.parametrize("variant", ["full", "msra"])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_gradient_checkpointing_changes_nothing(variant):
     settings = {"dropout": 0.2, "attention_dropout": 0.2}
     plain, checkpointed = build(variant, **settings), build(variant, **settings, gradient_checkpointing=True)
@@ -120,7 +119,7 @@ def test_gradient_checkpointing_changes_nothing(variant):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("variant", ["full", "msra"])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_dropout_acts_in_training_only(variant):
     ids = torch.randint(0, 11, (2, 40))
     for settings in ({"dropout": 0.3}, {"attention_dropout": 0.3}):
@@ -132,7 +131,11 @@ def test_dropout_acts_in_training_only(variant):
 
 @pytest.mark.parametrize(
     ("variant", "settings"),
-    [("full", {}), ("msra", {}), ("msra", {"feature_fusion": "weighted"}), ("msra", {"feature_fusion": "concat"})],
+    [
+        *((variant, {}) for variant in VARIANTS),
+        ("msra", {"feature_fusion": "weighted"}),
+        ("msra", {"feature_fusion": "concat"}),
+    ],
 )
 def test_bf16_autocast_runs_and_stays_close(variant, settings):
     model, ids = build(variant, **settings), torch.randint(0, 11, (2, 40))
@@ -185,14 +188,14 @@ def test_token_types_and_positions_are_added():
         ({"position_ids": torch.zeros(3, dtype=torch.int64)}, r"position_ids must be \[2, 5\] or \[5\]"),
     ],
 )
-@pytest.mark.parametrize("variant", ["full", "msra"])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_errors_name_the_argument(variant, arguments, message):
     with pytest.raises(ValueError, match=message):
         build(variant)(**{"input_ids": torch.zeros(2, 5, dtype=torch.int64), **arguments})
 
 
 def test_constructors():
-    config = MSRAConfig(**SIZES, **MSRA)
+    config = make_config("msra")
     assert MSRAModel(config, num_layers=1).config.num_layers == 1
     assert config.num_layers == 2
     assert MSRAModel(config).state_dict().keys() == AttentionModel(config).state_dict().keys()
@@ -225,7 +228,7 @@ def test_initial_values_also_after_the_meta_device(fusion):
         assert torch.count_nonzero(core.level_bias.weight) == 0
 
 
-@pytest.mark.parametrize("variant", ["full", "msra"])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_export_keeps_the_results(variant):
     model = scramble(build(variant, num_layers=1)).eval()
     program = torch.export.export(model, (torch.randint(0, 11, (2, 40)),), kwargs={"return_dict": False})
@@ -234,10 +237,11 @@ def test_export_keeps_the_results(variant):
     torch.testing.assert_close(exported, model(other).last_hidden_state, rtol=0, atol=1e-5)
 
 
-def test_compiled_gradients_are_the_same():
-    model, ids = scramble(build("msra", num_layers=1).double()), torch.randint(0, 11, (2, 13))
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_compiled_gradients_are_the_same(variant):
+    model, ids = scramble(build(variant, num_layers=1).double()), torch.randint(0, 11, (2, 13))
     results = []
-    for forward in (model, torch.compile(model, backend="aot_eager")):
+    for forward in (model, torch.compile(model, backend="aot_eager_decomp_partition", fullgraph=True)):
         model.zero_grad()
         forward(ids).last_hidden_state.sin().sum().backward()
         results.append([parameter.grad for parameter in model.parameters()])

@@ -1,34 +1,39 @@
 """Chunk by chunk against all at once."""
 
 import io
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from danon_lightning.attention import AttentionModel, FullAttentionConfig, MSRAConfig, detach_state, map_state
-from danon_lightning.attention.msra.functional import warn_out_of_reach
+from danon_lightning.attention import AttentionModel, detach_state, map_state
+from danon_lightning.attention.msra.module import _warn_out_of_reach
 
-SIZES = {"vocab_size": 11, "hidden_size": 16, "num_layers": 2, "num_kv_heads": 2, "max_sequence_length": 96}
-MSRA = {**SIZES, "block_size": 4, "compression_factor": 2}
+sys.path.insert(0, str(Path(__file__).parent))
+from variants import ENDLESS, VARIANTS, make_config, scramble  # noqa: E402
+
+MORE = {
+    "full, learned positions": ("full", {"learned_positions": True, "rope_base": None}),
+    "msra, weighted": ("msra", {"feature_fusion": "weighted"}),
+    "msra, concat": ("msra", {"feature_fusion": "concat"}),
+    "msra, 1 level": ("msra", {"num_levels": 1}),
+    "msra, 2 levels": ("msra", {"num_levels": 2}),
+    "dala, state in threes": ("dala", {"state_update_frequency": 3}),
+    "dala, state alone": ("dala", {"use_sparse_attention": False, "use_adaptive_router": False}),
+    "infinite, narrow": ("infinite", {"memory_size": 3, "sliding_window": 8}),
+}
+CASES = {**{variant: (variant, {}) for variant in VARIANTS}, **MORE}
 CONFIGS = {
-    "full": FullAttentionConfig(**SIZES),
-    "full, learned positions": FullAttentionConfig(**SIZES, learned_positions=True, rope_base=None),
-    "msra": MSRAConfig(**MSRA),
-    "msra, weighted": MSRAConfig(**MSRA, feature_fusion="weighted"),
-    "msra, concat": MSRAConfig(**MSRA, feature_fusion="concat"),
-    "msra, 1 level": MSRAConfig(**MSRA, num_levels=1),
-    "msra, 2 levels": MSRAConfig(**MSRA, num_levels=2),
+    name: make_config(variant, **{"num_kv_heads": 2, "max_sequence_length": 96, **settings})
+    for name, (variant, settings) in CASES.items()
 }
 pytestmark = pytest.mark.filterwarnings("ignore:num_levels is fixed")
 
 
 def make_model(config, dtype=torch.float64) -> AttentionModel:
     torch.manual_seed(0)
-    model = AttentionModel(config).to(dtype).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.2)
-    return model
+    return scramble(AttentionModel(config).to(dtype).eval())
 
 
 def stream(model, ids, chunks, mask=None):
@@ -54,7 +59,7 @@ def test_streaming_equals_parallel(name, chunks):
     assert state["position"] == 53
 
 
-@pytest.mark.parametrize("name", ["full", "msra"])
+@pytest.mark.parametrize("name", VARIANTS)
 def test_streaming_equals_parallel_in_float32(name):
     model, ids = make_model(CONFIGS[name], torch.float32), torch.randint(0, 11, (2, 90))
     with torch.no_grad():
@@ -62,7 +67,7 @@ def test_streaming_equals_parallel_in_float32(name):
         torch.testing.assert_close(streamed, model(ids).last_hidden_state, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["full", "msra", "msra, weighted"])
+@pytest.mark.parametrize("name", [*VARIANTS, "msra, weighted", "dala, state in threes"])
 def test_gradients_flow_through_the_state(name):
     model, ids = make_model(CONFIGS[name]), torch.randint(0, 11, (2, 37))
     losses = (stream(model, ids, [5] * 7 + [2])[0], model(ids).last_hidden_state)
@@ -92,8 +97,23 @@ def test_msra_state_stays_bounded():
                 assert all(x.untyped_storage().nbytes() == x.nbytes for x in layer["core"]["keys"])
 
 
-def test_states_are_values():
-    model, ids = make_model(CONFIGS["msra"]), torch.randint(0, 11, (2, 30))
+@pytest.mark.parametrize("name", ENDLESS)
+def test_endless_states_stay_bounded(name):
+    model, sizes = make_model(CONFIGS[name]), []
+    state = model.init_state(1)
+    with torch.no_grad():
+        for length in [50, 3, 97] + [1] * 8 + [64, 200, 17]:
+            state = model(torch.randint(0, 11, (1, length)), state=state).state
+            sizes.append([])
+            # A view would keep the whole chunk in memory.
+            map_state(lambda x, here=sizes[-1]: here.append(x.untyped_storage().nbytes()), state)
+    assert max(map(sum, sizes[3:])) <= 1.2 * sum(sizes[2])
+    assert state["position"] == 439
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_states_are_values(name):
+    model, ids = make_model(CONFIGS[name]), torch.randint(0, 11, (2, 30))
     with torch.no_grad():
         state = model(ids, state=model.init_state(2)).state
         copy = map_state(torch.clone, state)
@@ -104,7 +124,7 @@ def test_states_are_values():
     torch.testing.assert_close(first, again, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["full", "msra"])
+@pytest.mark.parametrize("name", VARIANTS)
 def test_states_survive_a_file(name):
     model, ids = make_model(CONFIGS[name]), torch.randint(0, 11, (2, 30))
     with torch.no_grad():
@@ -118,7 +138,7 @@ def test_states_survive_a_file(name):
 
 
 def test_fixed_levels_stream_without_end_and_auto_does_not():
-    warn_out_of_reach.cache_clear()
+    _warn_out_of_reach.cache_clear()
     endless, ids = make_model(CONFIGS["msra, 2 levels"]), torch.randint(0, 11, (1, 96))
     with torch.no_grad():
         with pytest.warns(UserWarning, match="more than 16 positions back are out of reach") as warned:
@@ -143,4 +163,4 @@ def test_foreign_states_are_refused():
     with pytest.raises(ValueError, match="state lacks batch_size, layers, position, signature"):
         model(ids, state={})
     with pytest.raises(ValueError, match="causal=False has no streaming form"):
-        AttentionModel(MSRAConfig(**MSRA, causal=False)).init_state(1)
+        AttentionModel(make_config("msra", causal=False)).init_state(1)

@@ -4,8 +4,6 @@ Queries of one block share a window of cells at each level, so a level is one ba
 no loop over blocks and never a matrix of n x n logits. The cost is O(n·B·L) with L = O(log n) levels.
 """
 
-import functools
-import warnings
 from typing import Literal, NamedTuple, overload
 
 import torch
@@ -19,7 +17,7 @@ from danon_lightning.attention.msra.geometry import Geometry
 from danon_lightning.attention.pooling import Cells, build_pyramid, token_cells
 from danon_lightning.attention.rotary import apply_rotary, cell_positions
 
-__all__ = ["MSRAStats", "msra_attention", "warn_out_of_reach"]
+__all__ = ["MSRAStats", "msra_attention"]
 
 
 class MSRAStats(NamedTuple):
@@ -111,7 +109,7 @@ def msra_attention(
         block_size: Cells B in a block; a query sees between one and two blocks a level.
         pool_factor: Cells r of one level that a cell of the next one summarises; it divides ``block_size``.
         num_levels: Number of levels L; ``"auto"`` takes the least with which every token reaches every other one.
-            With fewer, tokens further back than two blocks of the top level are not seen; a warning says so once.
+            With fewer, tokens further back than two blocks of the top level are not seen.
         level_bias: Added to the logits of each level ``[b, H, n, L]``.
         pool_query: Direction that decides which children of a cell count more ``[G, d]``; ``None``: by mass alone.
         key_maps: Linear maps of the keys of each level above the tokens ``[L - 1, G, d, d]``; ``None``: identity.
@@ -135,8 +133,6 @@ def msra_attention(
     geometry = Geometry.resolve(block_size, pool_factor, num_levels, q.shape[-2])
     _check_shapes(q, k, v, geometry, level_bias, pool_query, key_maps, value_maps, key_padding_mask)
     batch, heads, length, width = q.shape
-    if length > geometry.reach:
-        warn_out_of_reach(geometry.reach)
     if length <= 2 * block_size and feature_fusion == "adaptive" and not return_stats:
         # Two blocks see each other token by token: this is full attention, for which there are faster kernels.
         positions = cell_positions(0, length, 1, q.device)
@@ -163,16 +159,6 @@ def msra_attention(
     lses = torch.stack([part.lse for part in parts], dim=-1).detach()
     unused = geometry.num_levels - len(parts)
     return output, MSRAStats(F.pad(torch.softmax(lses, dim=-1), (0, unused)), torch.logsumexp(lses, dim=-1))
-
-
-@functools.cache
-def warn_out_of_reach(reach: int) -> None:
-    """Warn, once for every ``reach``, that tokens further back are not seen."""
-    warnings.warn(
-        f"num_levels is fixed: tokens more than {reach} positions back are out of reach, and those from {reach // 2} "
-        "on may be; raise num_levels, or use num_levels='auto'",
-        stacklevel=3,
-    )
 
 
 def _attend_level(

@@ -1,6 +1,8 @@
 """MSRA as a variant of the model: its settings, its learned parts, its registration."""
 
+import functools
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -144,6 +146,8 @@ class MSRAAttention(AttentionCore):
         level_bias = None
         if self.level_bias is not None:
             level_bias = self.level_bias(x).unflatten(-1, (-1, self.geometry.num_levels)).transpose(1, 2)
+        if (0 if state is None else state["position"]) + x.shape[1] > self.geometry.reach:
+            self._leave_out_of_reach()
         if state is not None:
             return self._stream(x, q, k, v, level_bias, key_padding_mask, state)
         output = msra_attention(
@@ -201,6 +205,10 @@ class MSRAAttention(AttentionCore):
         # The cells of the upper levels may all come from earlier chunks, perhaps detached.
         return self._keep_unused(torch.cat(outputs, dim=2), level_bias), state
 
+    def _leave_out_of_reach(self) -> None:
+        """Tell the user, once, that what is far back is not seen."""
+        _warn_out_of_reach(self.geometry.reach)
+
     def _feature_fusion(self, x: Tensor) -> FeatureFusion:
         if isinstance(self.fusion, WeightedFusion):
             return partial(self.fusion, x=x)
@@ -213,6 +221,16 @@ class MSRAAttention(AttentionCore):
         """Give what only the upper levels use at least a zero gradient."""
         candidates: Sequence[Tensor | None] = (level_bias, self.pool_query, self.key_maps, self.value_maps)
         return keep_in_graph(output, *(tensor for tensor in candidates if tensor is not None))
+
+
+@functools.cache
+def _warn_out_of_reach(reach: int) -> None:
+    """Warn, once for every ``reach``, that tokens further back are not seen."""
+    warnings.warn(
+        f"num_levels is fixed: tokens more than {reach} positions back are out of reach, and those from {reach // 2} "
+        "on may be; raise num_levels, or use num_levels='auto'",
+        stacklevel=3,
+    )
 
 
 class MSRAModel(AttentionModel):

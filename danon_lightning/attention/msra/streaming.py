@@ -9,7 +9,6 @@ from torch import Tensor
 
 from danon_lightning.attention.core import State
 from danon_lightning.attention.merging import MASKED, AttentionPart, attention_part
-from danon_lightning.attention.msra.functional import warn_out_of_reach
 from danon_lightning.attention.msra.fusion import FeatureFusion, fuse_levels
 from danon_lightning.attention.msra.geometry import Geometry
 from danon_lightning.attention.pooling import Cells, pool_cells, token_cells
@@ -87,8 +86,6 @@ def stream_chunk(
     """
     heads, width, device = q.shape[1], q.shape[-1], q.device
     start, stop = state["position"], state["position"] + q.shape[-2]
-    if stop > geometry.reach:
-        warn_out_of_reach(geometry.reach)
     query = apply_rotary(q, cell_positions(start, stop - start, 1, device), rope_base) * width**-0.5
     query_positions = torch.arange(start, stop, device=device).unsqueeze(-1)
     parts = []

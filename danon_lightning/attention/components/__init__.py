@@ -1,0 +1,1 @@
+"""Parts of the variants that stand on their own."""

@@ -1,0 +1,183 @@
+"""The whole past in one matrix a head, by the gated delta rule."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from danon_lightning.attention.core import State
+from danon_lightning.attention.layers import ZeroLinear
+from danon_lightning.attention.linear.functional import gated_delta_rule
+
+__all__ = ["RecurrentState"]
+
+# The slowest head forgets half of what it holds in 277 tokens.
+SLOWEST_DECAY = 0.9975
+
+
+class RecurrentState(nn.Module):
+    """A memory in which a token replaces what its key held, and which fades at a learned rate.
+
+    S_t = γ_t (I - η_t k̂_t k̂_tᵀ) S_{t-1} + η_t k̂_t v_tᵀ, q̂ and k̂ being silu(q) and silu(k) at unit length, and γ_t and
+    η_t gates of the token. What is read, S_tᵀ q̂_t, is divided by its root mean square and multiplied by a gain, which
+    is zero at first.
+
+    With an ``update_frequency`` f above 1, the state takes in its tokens f at a time: a token reads the state after the
+    last whole group, and those since then must be read elsewhere.
+
+    Reference:
+        Yang et al. 2025, "Gated Delta Networks: Improving Mamba2 with Delta Rule".
+
+    Args:
+        dim: Width D of a token.
+        num_heads: Heads H.
+        head_dim: Width d of a head.
+        decay_rate: γ of the first head at first; the others are spread from there to 0.9975, evenly in their logits.
+        update_frequency: Tokens f that the state takes in at once.
+        eps: Added to the mean square of what is read.
+        chunk_size: Tokens that are worked on at once; it decides about speed only.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        head_dim: int,
+        *,
+        decay_rate: float = 0.9,
+        update_frequency: int = 1,
+        eps: float = 1e-6,
+        chunk_size: int = 64,
+    ) -> None:
+        """Create the gates and the gain."""
+        super().__init__()
+        if not 0 < decay_rate < 1:
+            raise ValueError(f"decay_rate={decay_rate} must lie between 0 and 1")
+        if not isinstance(update_frequency, int) or update_frequency < 1:
+            raise ValueError(f"update_frequency={update_frequency!r} must be an integer of at least 1")
+        self.decay_rate, self.update_frequency = decay_rate, update_frequency
+        self.eps, self.chunk_size = eps, chunk_size
+        self.decay = ZeroLinear(dim, num_heads)
+        self.rate = ZeroLinear(dim, num_heads)
+        self.gain = nn.Parameter(torch.empty(num_heads, head_dim))
+        self.decay_offset = nn.Parameter(torch.empty(num_heads))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Silence the output, and spread the decay over the heads."""
+        slow = max(self.decay_rate, SLOWEST_DECAY)
+        first, last = (math.log(rate / (1 - rate)) for rate in (self.decay_rate, slow))
+        with torch.no_grad():
+            self.gain.zero_()
+            self.decay_offset.copy_(torch.linspace(first, last, len(self.decay_offset)))
+
+    def init_state(self, batch_size: int, kv_heads: int, *, device: torch.device, dtype: torch.dtype) -> State:
+        """Return the state before the first token.
+
+        Args:
+            batch_size: Number of sequences b.
+            kv_heads: Key and value heads G.
+            device: Where the state lives.
+            dtype: Dtype of keys and values.
+
+        Returns:
+            The ``matrix`` ``[b, H, d, d]``, and what waits to be taken in: ``keys`` and ``values`` ``[b, G, m, d]``,
+            their ``log_decay`` and ``rates`` ``[b, H, m]``, m < f.
+        """
+        heads, width = self.gain.shape
+        precise = torch.promote_types(dtype, torch.float32)
+        waiting = torch.empty(batch_size, kv_heads, 0, width, device=device, dtype=dtype)
+        gates = torch.empty(batch_size, heads, 0, device=device, dtype=precise)
+        return {
+            "matrix": torch.zeros(batch_size, heads, width, width, device=device, dtype=precise),
+            "keys": waiting,
+            "values": waiting,
+            "log_decay": gates,
+            "rates": gates,
+        }
+
+    def forward(
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        key_padding_mask: Tensor | None = None,
+        state: State | None = None,
+    ) -> tuple[Tensor, State | None]:
+        """Take the tokens in and read.
+
+        Args:
+            x: Tokens ``[b, n, D]``, for the gates.
+            q: Queries ``[b, H, n, d]``.
+            k: Keys ``[b, G, n, d]``.
+            v: Values ``[b, G, n, d]``.
+            key_padding_mask: True for real tokens ``[b, n]``, boolean; padding neither enters the state nor lets it
+                fade.
+            state: What came before, from ``init_state`` or an earlier call; ``None``: nothing, and no state wanted.
+
+        Returns:
+            What is read ``[b, H, n, d]`` in the dtype of ``v``, and the new state if one was given.
+        """
+        query, key = (F.normalize(F.silu(part), dim=-1) for part in (q, k))
+        gates = torch.promote_types(x.dtype, torch.float32)
+        log_decay = F.logsigmoid(self.decay(x).to(gates).transpose(1, 2) + self.decay_offset.to(gates).unsqueeze(-1))
+        rates = self.rate(x).to(gates).transpose(1, 2).sigmoid()  # [b, H, n]
+        if key_padding_mask is not None:
+            padding = ~key_padding_mask.unsqueeze(1)
+            log_decay, rates = log_decay.masked_fill(padding, 0.0), rates.masked_fill(padding, 0.0)
+        if state is None:
+            read, _ = self._run(query, key, v, log_decay, rates, None)
+            return self._scaled(read), None
+        waiting = state["rates"].shape[-1]
+        key = torch.cat([state["keys"].to(key.dtype), key], dim=2)
+        v = torch.cat([state["values"].to(v.dtype), v], dim=2)
+        log_decay = torch.cat([state["log_decay"].to(gates), log_decay], dim=2)
+        rates = torch.cat([state["rates"].to(gates), rates], dim=2)
+        read, matrix = self._run(F.pad(query, (0, 0, waiting, 0)), key, v, log_decay, rates, state["matrix"])
+        left = v.shape[2] % self.update_frequency
+        kept = slice(v.shape[2] - left, None)
+        new_state = {
+            "matrix": matrix,
+            # Copies, so that the state does not keep the chunk alive.
+            "keys": key[:, :, kept].clone(),
+            "values": v[:, :, kept].clone(),
+            "log_decay": log_decay[:, :, kept].clone(),
+            "rates": rates[:, :, kept].clone(),
+        }
+        return self._scaled(read[:, :, waiting:]), new_state
+
+    def _run(
+        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, rates: Tensor, matrix: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return what each query reads, and the state after the last whole group."""
+        step = self.update_frequency
+        if step == 1:
+            return gated_delta_rule(q, k, v, log_decay, rates, chunk_size=self.chunk_size, initial_state=matrix)
+        # Twice: at first the tokens of a group read, changing nothing, then they enter. The last of them reads after
+        # that; a group that is not yet whole only reads.
+        length, groups = q.shape[2], -(-q.shape[2] // step)
+        whole = length - length % step
+
+        def grouped(x: Tensor) -> Tensor:
+            return F.pad(x, (0, 0, 0, groups * step - length)).unflatten(2, (groups, step))
+
+        def entering(x: Tensor) -> Tensor:
+            x = grouped(F.pad(x[:, :, :whole], (0, 0, 0, length - whole)))
+            return torch.cat([torch.zeros_like(x), x], dim=3).flatten(2, 3)
+
+        queries = grouped(q).repeat(1, 1, 1, 2, 1).flatten(2, 3)
+        gates = (entering(gate.unsqueeze(-1)).squeeze(-1) for gate in (log_decay, rates))
+        read, matrix = gated_delta_rule(
+            queries, entering(k), entering(v), *gates, chunk_size=self.chunk_size, initial_state=matrix
+        )
+        before, after = read.unflatten(2, (groups, 2, step)).unbind(3)
+        return torch.cat([before[:, :, :, :-1], after[:, :, :, -1:]], dim=3).flatten(2, 3)[:, :, :length], matrix
+
+    def _scaled(self, read: Tensor) -> Tensor:
+        return F.rms_norm(read, read.shape[-1:], eps=self.eps) * self.gain.to(read.dtype).unsqueeze(1)

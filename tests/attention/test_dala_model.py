@@ -1,0 +1,205 @@
+"""What the settings of DALA do, and what its methods and output fields say."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from danon_lightning.attention.components.recurrent import RecurrentState
+from danon_lightning.attention.components.router import DynamicRouter
+from danon_lightning.attention.core import observing
+from danon_lightning.attention.functional import gated_delta_rule_reference
+
+sys.path.insert(0, str(Path(__file__).parent))
+from variants import build, make_config, scramble  # noqa: E402
+
+IDS = torch.randint(0, 11, (2, 60), generator=torch.Generator().manual_seed(0))
+
+
+def hidden(model, ids=IDS):
+    return model(ids).last_hidden_state
+
+
+def first_difference(model, other):
+    """Position of the first token whose output differs between two models with the same parameters."""
+    other.load_state_dict(model.state_dict(), strict=False)
+    differs = (hidden(model) - hidden(other)).abs().amax(dim=(0, 2)) > 1e-9
+    return int(differs.nonzero()[0]) if differs.any() else None
+
+
+@pytest.mark.parametrize(
+    ("settings", "first"),
+    [
+        ({"block_size": 8}, 1),  # the width of the window follows from the block
+        ({"memory_size": 3}, 8),  # when the first block has left the window
+        ({"use_sparse_attention": False}, 8),
+        ({"importance_threshold": 0.5}, 8),
+        ({"recency": 1.0}, 12),  # when more than M tokens have left the window
+        ({"use_recursive_state": False}, 0),
+        ({"state_update_frequency": 4}, 0),
+        ({"use_adaptive_router": False}, 0),
+        ({"router_temperature": 3.0}, 0),
+        ({"rope_base": None}, 1),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_settings_act_where_they_should(settings, first):
+    # A router has logits for the routes there are: without it, models with and without a route have the same ones.
+    shared = {"num_layers": 1}
+    if {"use_sparse_attention", "use_recursive_state"} & set(settings):
+        shared["use_adaptive_router"] = False
+    model = scramble(build("dala", **shared).double())
+    assert first_difference(model, build("dala", **shared, **settings).double()) == first
+
+
+def test_decay_rates_are_spread_over_the_heads():
+    for rate in (0.9, 0.99):
+        recurrent = build("dala", state_decay_rate=rate).layers[0].core.recurrent
+        decays = recurrent.decay_offset.sigmoid()
+        torch.testing.assert_close(decays[[0, -1]], torch.tensor([rate, 0.9975]))
+        assert (decays.diff() > 0).all()
+
+
+def test_recurrent_state_follows_its_definition():
+    torch.manual_seed(0)
+    module = RecurrentState(6, 4, 3).double()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    x = torch.randn(2, 11, 6, dtype=torch.float64)
+    q, k, v = (torch.randn(2, heads, 11, 3, dtype=torch.float64) for heads in (4, 2, 2))
+    decay = F.logsigmoid(module.decay(x) + module.decay_offset).transpose(1, 2)
+    unit = [F.normalize(F.silu(part), dim=-1) for part in (q, k)]
+    read, _ = gated_delta_rule_reference(*unit, v, decay, module.rate(x).sigmoid().transpose(1, 2))
+    expected = read / (read.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt() * module.gain.unsqueeze(1)
+    torch.testing.assert_close(module(x, q, k, v)[0], expected, rtol=0, atol=1e-12)
+
+
+def test_a_group_enters_the_state_when_it_is_whole():
+    torch.manual_seed(0)
+    every, fifth = RecurrentState(6, 2, 3).double(), RecurrentState(6, 2, 3, update_frequency=5).double()
+    for module in (every, fifth):
+        torch.nn.init.ones_(module.gain)
+    x = torch.randn(1, 23, 6, dtype=torch.float64)
+    q, k, v = torch.randn(3, 1, 2, 23, 3, dtype=torch.float64).unbind(0)
+    late, _ = fifth(x, q, k, v)
+    for position in range(23):
+        # The query reads what the state had taken in with the last whole group.
+        entered = (position + 1) // 5 * 5
+        if entered == 0:
+            assert torch.count_nonzero(late[:, :, position]) == 0
+            continue
+        query = q[:, :, [position] * entered]
+        expected = every(x[:, :entered], query, k[:, :, :entered], v[:, :, :entered])[0][:, :, -1]
+        torch.testing.assert_close(late[:, :, position], expected, rtol=0, atol=1e-12)
+
+
+def test_outputs():
+    model = scramble(build("dala").double())
+    output = model(IDS)
+    assert [tuple(x.shape) for x in output.router_logits] == [(2, 2, 4, 60)] * 2
+    assert [tuple(x.shape) for x in output.importance_scores] == [(2, 60)] * 2
+    core, x = model.layers[0].core, model.layers[0].attention_norm(model.token_embedding(IDS))
+    torch.testing.assert_close(output.importance_scores[0], core.importance(x).exp())
+    expected = core.router.projection(x).unflatten(-1, (2, 4)).permute(0, 2, 3, 1)
+    torch.testing.assert_close(output.router_logits[0], expected)
+    torch.testing.assert_close(model.get_importance_scores(IDS), torch.stack(output.importance_scores))
+    mask = torch.ones_like(IDS)
+    mask[:, 50:] = 0
+    assert torch.count_nonzero(model.get_importance_scores(IDS, mask)[:, :, 50:]) == 0
+    without = build("dala", use_adaptive_router=False)(IDS)
+    assert without.router_logits is None and without.importance_scores is not None
+    assert model(IDS, output_details=()).importance_scores is None
+    with pytest.raises(ValueError, match="output_details: attentions is not among router_logits"):
+        model(IDS, output_details=("attentions",))
+    chunk = model(IDS[:, :7], state=model.init_state(2))
+    torch.testing.assert_close(chunk.importance_scores[1], output.importance_scores[1][:, :7])
+
+
+def test_more_important_tokens_are_remembered():
+    model = scramble(build("dala", num_layers=1, memory_size=1).double())
+    scores = model.get_importance_scores(IDS)[0]
+    with torch.no_grad():
+        state = model(IDS, state=model.init_state(2)).state["layers"][0]["core"]["softmax"]
+    positions = torch.arange(60, dtype=torch.float64)
+    # The next token begins a block, in whose window only the last one is.
+    best = (scores.log() + 1e-3 * positions)[:, :56].amax(dim=1)
+    torch.testing.assert_close(state["memory_scores"].squeeze(1), best)
+
+
+def test_update_router_moves_heads_towards_the_route_that_agrees():
+    model = scramble(build("dala", num_layers=1).double())
+    core, labels = model.layers[0].core, IDS.roll(-1, dims=1)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    added = model.update_router(IDS, labels)
+    assert added.shape == (1, 2, 4) and added.abs().max() <= 1
+    torch.testing.assert_close(core.router.bias, added[0])
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+    ignored = labels.clone()
+    ignored[:, 5:] = -100
+    other = scramble(build("dala", num_layers=1).double())
+    assert not torch.allclose(other.update_router(IDS, ignored), added)
+    # What does not count changes nothing.
+    third = scramble(build("dala", num_layers=1).double())
+    mask = torch.ones_like(IDS)
+    mask[:, 5:] = 0
+    torch.testing.assert_close(third.update_router(IDS, labels, mask), other.layers[0].core.router.bias.unsqueeze(0))
+
+
+def test_agreement_is_the_mean_cosine():
+    router, targets = DynamicRouter(6, 3, 2, temperature=2.0).double(), torch.randn(2, 5, 6, dtype=torch.float64)
+    predictions = targets[:, None, None].repeat(1, 2, 3, 1, 1) * 7
+    predictions[:, 1, :2] *= -1
+    predictions[:, 0, 0, 3] = 0
+    mask = torch.ones(2, 5)
+    mask[:, 4] = 0
+    expected = torch.tensor([[0.75, 1, 1], [-1, -1, 1]], dtype=torch.float64)
+    torch.testing.assert_close(router.reinforce(predictions, targets, mask), expected)
+    router.reinforce(predictions, targets, mask)
+    logits = router(torch.randn(2, 4, 6, dtype=torch.float64))
+    torch.testing.assert_close(logits, (2 * expected / 2)[None, :, :, None].expand(2, 2, 3, 4))
+
+
+def test_routes_add_up_to_the_output():
+    model = scramble(build("dala", num_layers=1).double())
+    alone = build("dala", num_layers=1, use_sparse_attention=False, use_recursive_state=False).double()
+    alone.load_state_dict(model.state_dict(), strict=False)
+    block = model.layers[0]
+    x = torch.randn(2, 60, 16, dtype=torch.float64)
+    with observing([block.core], ["route_outputs"]) as observed:
+        whole, _ = block._attend(x, None, None)
+    routes = observed[0]["route_outputs"]
+    assert routes.shape == (2, 2, 4, 60, 4)
+    window, _ = alone.layers[0]._attend(x, None, None)
+    # Before anything has left the window, the memory contributes nothing; the state always does.
+    assert torch.count_nonzero(routes[:, 0, :, :8].abs() > 1e-12) == 0
+    assert (routes[:, 0, :, 8:].abs().amax(dim=-1) > 1e-12).all()
+    early = (window.unflatten(-1, (4, 4)).transpose(1, 2) + routes[:, 1])[:, :, :8]
+    torch.testing.assert_close(whole.unflatten(-1, (4, 4)).transpose(1, 2)[:, :, :8], early, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"block_size": 0}, "block_size=0 must be an integer of at least 1"),
+        ({"memory_size": -1}, "memory_size=-1 must be an integer of at least 1"),
+        ({"importance_threshold": 1.5}, "importance_threshold=1.5 must lie between 0 and 1"),
+        ({"recency": -1.0}, "recency=-1.0 must not be negative"),
+        ({"state_decay_rate": 1.0}, "state_decay_rate=1.0 must lie between 0 and 1"),
+        ({"router_temperature": 0.0}, "router_temperature=0.0 must be positive"),
+        ({"causal": False}, "causal=False is not possible with dala"),
+        ({"state_update_frequency": 5}, "state_update_frequency=5 exceeds block_size=4"),
+    ],
+)
+def test_settings_out_of_range(settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_config("dala", **settings)
+
+
+def test_update_router_checks_its_arguments():
+    with pytest.raises(ValueError, match=r"labels has shape \[2, 5\], but input_ids has shape \[2, 60\]"):
+        build("dala").update_router(IDS, IDS[:, :5])
+    with pytest.raises(ValueError, match="use_adaptive_router=True"):
+        build("dala", use_adaptive_router=False).update_router(IDS, IDS)
