@@ -9,6 +9,7 @@ from danon_lightning.attention.config import AttentionConfig
 from danon_lightning.attention.core import AttentionCore, State, detach_state, map_state
 from danon_lightning.attention.dala import DALAConfig, DALAModel, DALAOutput
 from danon_lightning.attention.full import FullAttentionConfig, FullAttentionModel
+from danon_lightning.attention.hybrid import SuperHybridConfig, SuperHybridModel, SuperHybridOutput
 from danon_lightning.attention.infinite import InfiniteAttentionConfig, InfiniteModel
 from danon_lightning.attention.model import AttentionModel, AttentionModelOutput
 from danon_lightning.attention.msra import MSRAConfig, MSRAModel
@@ -29,6 +30,9 @@ __all__ = [
     "MSRAConfig",
     "MSRAModel",
     "State",
+    "SuperHybridConfig",
+    "SuperHybridModel",
+    "SuperHybridOutput",
     "available_variants",
     "detach_state",
     "get_variant",

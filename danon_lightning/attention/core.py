@@ -54,7 +54,7 @@ class AttentionCore(nn.Module, ABC):
         """Keep the settings."""
         super().__init__()
         self.config = config
-        self._observed: dict[str, Tensor | None] = {}
+        self._observers: list[dict[str, Tensor | None]] = []
 
     @abstractmethod
     def forward(
@@ -94,11 +94,15 @@ class AttentionCore(nn.Module, ABC):
 
     def _observe(self, name: str, measure: Callable[[], Tensor]) -> None:
         """Measure something, if ``observing`` asks for it by this name."""
-        if name in self._observed:
-            # What is measured only once must not be part of what a checkpoint computes twice.
-            twice = self.config.gradient_checkpointing and self.training
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not twice):
-                self._observed[name] = measure()
+        asking = [values for values in self._observers if name in values]
+        if not asking:
+            return
+        # What is measured only once must not be part of what a checkpoint computes twice.
+        twice = self.config.gradient_checkpointing and self.training
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not twice):
+            measured = measure()
+        for values in asking:
+            values[name] = measured
 
     @property
     def streams_without_end(self) -> bool:
@@ -119,12 +123,11 @@ def observing(cores: Iterable[AttentionCore], names: Iterable[str]) -> Iterator[
         ``None`` for what it has not measured.
     """
     cores, names = list(cores), list(names)
-    before = [core._observed for core in cores]
     observed: list[dict[str, Tensor | None]] = [dict.fromkeys(names) for _ in cores]
     for core, values in zip(cores, observed, strict=True):
-        core._observed = values
+        core._observers.append(values)
     try:
         yield observed
     finally:
-        for core, values in zip(cores, before, strict=True):
-            core._observed = values
+        for core in cores:
+            core._observers.pop()

@@ -12,6 +12,10 @@ SETTINGS = {
     "dala": {"block_size": 4, "memory_size": 6},
     "infinite": {"local_window": 8, "sliding_window": 16, "compression_ratio": 0.5, "chunk_size": 8},
 }
+SETTINGS["super_hybrid"] = {
+    "components": "msra+dala,infinite",
+    "settings": {name: SETTINGS[name] for name in ("msra", "dala", "infinite")},
+}
 VARIANTS = list(SETTINGS)
 BIDIRECTIONAL = ["full", "msra"]
 ENDLESS = ["dala", "infinite"]

@@ -1,0 +1,117 @@
+"""What the components of a hybrid cost, measured while they run."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from danon_lightning.attention.core import AttentionCore, observing
+
+__all__ = ["PerformanceStats", "monitoring"]
+
+
+@dataclass
+class PerformanceStats:
+    """What was measured of each component, over all layers and all passes under the monitor.
+
+    Attributes:
+        computation_time: Seconds spent in the forward passes of a component.
+        memory_usage: Most bytes that a forward pass of a component, in all layers together, has kept for its backward
+            pass, beyond inputs and parameters; 0 without gradients.
+        attention_distribution: Mean weight of a component in the output; over all components of a layer they add up to
+            one, and layers without a component do not count.
+        passes: Number of forward passes of the model.
+    """
+
+    computation_time: dict[str, float] = field(default_factory=dict)
+    memory_usage: dict[str, int] = field(default_factory=dict)
+    attention_distribution: dict[str, float] = field(default_factory=dict)
+    passes: int = 0
+
+
+class _KeptBytes:
+    """Counts the storages that a component saves, each once."""
+
+    def __init__(self, known: Sequence[Tensor]) -> None:
+        self.storages = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self.count = 0
+        self.hooks = saved_tensors_hooks(self._pack, lambda tensor: tensor)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.storages:
+            self.storages.add(storage.data_ptr())
+            self.count += storage.nbytes()
+        return tensor
+
+
+@contextmanager
+def monitoring(
+    model: torch.nn.Module, hybrids: Sequence[AttentionCore], components: Sequence[Mapping[str, AttentionCore]]
+) -> Iterator[PerformanceStats]:
+    """Measure the components of each layer for the time of the context.
+
+    On an accelerator each component is waited for before and after, which slows the model down.
+
+    Args:
+        model: The model that the layers belong to.
+        hybrids: The core of each layer; ``component_weights`` is observed.
+        components: Its components by name.
+
+    Yields:
+        The statistics, which grow with every forward pass.
+    """
+    stats = PerformanceStats()
+    kept: dict[str, int] = {}
+    running: dict[AttentionCore, tuple[float, _KeptBytes]] = {}
+    shares: dict[str, list[float]] = {}
+
+    def before(core: AttentionCore, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        _wait(args[0].device)
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        counter = _KeptBytes([*tensors, *core.parameters()])
+        counter.hooks.__enter__()
+        running[core] = (time.perf_counter(), counter)
+
+    def after_component(name: str, core: AttentionCore, args: tuple[Any, ...]) -> None:
+        _wait(args[0].device)
+        started, counter = running.pop(core)
+        counter.hooks.__exit__(None, None, None)
+        stats.computation_time[name] = stats.computation_time.get(name, 0.0) + time.perf_counter() - started
+        kept[name] = kept.get(name, 0) + counter.count
+
+    with ExitStack() as stack:
+        observed = stack.enter_context(observing(hybrids, ["component_weights"]))
+
+        def after_pass(*_: Any) -> None:
+            stats.passes += 1
+            for name, count in kept.items():
+                stats.memory_usage[name] = max(stats.memory_usage.get(name, 0), count)
+            kept.clear()
+            for by_name, values in zip(components, observed, strict=True):
+                weights = values["component_weights"]
+                if weights is not None:
+                    for name, share in zip(by_name, weights.detach().float().mean(dim=(0, 2, 3)).tolist(), strict=True):
+                        shares.setdefault(name, []).append(share)
+            stats.attention_distribution = {name: sum(parts) / len(parts) for name, parts in shares.items()}
+
+        for by_name in components:
+            for name, core in by_name.items():
+                stack.callback(core.register_forward_pre_hook(before, with_kwargs=True).remove)
+                hook = core.register_forward_hook(
+                    lambda core, args, _, name=name: after_component(name, core, args), always_call=False
+                )
+                stack.callback(hook.remove)
+        stack.callback(model.register_forward_hook(after_pass).remove)
+        yield stats
+
+
+def _wait(device: torch.device) -> None:
+    """Wait until an accelerator has done what it was told."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
