@@ -1,5 +1,19 @@
 """Parts of attention models that are of use by themselves."""
 
-from danon_lightning.attention.components.cache import AttentionCache, CacheStats
+from danon_lightning.attention.components.cache import AttentionCache, CacheStats, CacheValue
+from danon_lightning.attention.components.compression import CompressedSequence, CompressionStats, DynamicCompression
+from danon_lightning.attention.components.fusion import MultiScaleFeatureFusion
+from danon_lightning.attention.components.hierarchy import HierarchicalCompression
+from danon_lightning.attention.components.stability import StabilityEnhancer
 
-__all__ = ["AttentionCache", "CacheStats"]
+__all__ = [
+    "AttentionCache",
+    "CacheStats",
+    "CacheValue",
+    "CompressedSequence",
+    "CompressionStats",
+    "DynamicCompression",
+    "HierarchicalCompression",
+    "MultiScaleFeatureFusion",
+    "StabilityEnhancer",
+]
