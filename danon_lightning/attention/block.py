@@ -5,10 +5,14 @@ Reference:
 """
 
 from collections.abc import Callable
+from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from danon_lightning.attention.components.stability import StabilityEnhancer
 from danon_lightning.attention.config import AttentionConfig
 from danon_lightning.attention.conv import DepthwiseConv
 from danon_lightning.attention.core import AttentionCore, State
@@ -41,6 +45,8 @@ class AttentionBlock(nn.Module):
         self.conv = DepthwiseConv(sum(self.qkv_widths), causal=config.causal)
         self.core = core
         self.output = NormalLinear(width, width, bias=False, std=std)
+        share = config.calibration_factor
+        self.stability = StabilityEnhancer(width, calibration_factor=share) if share > 0 else None
         self.mlp_norm = nn.RMSNorm(width, eps=config.layer_norm_eps)
         self.mlp_in = NormalLinear(width, config.mlp_size, std=std)
         self.mlp_out = NormalLinear(config.mlp_size, width, std=std)
@@ -70,7 +76,10 @@ class AttentionBlock(nn.Module):
         """
         x = self.attention_norm(hidden)
         mixed, new_state = self._attend(x, key_padding_mask, state)
-        hidden = hidden + self._dropout(self.output(mixed))
+        branch = self.output(mixed)
+        if self.stability is not None:
+            branch = self.stability(branch, key_padding_mask)
+        hidden = hidden + self._dropout(branch)
         inner = _ACTIVATIONS[self.config.activation](self.mlp_in(self.mlp_norm(hidden)))
         return hidden + self._dropout(self.mlp_out(inner)), new_state
 
@@ -84,8 +93,15 @@ class AttentionBlock(nn.Module):
             part.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)  # [b, H or G, n, d]
             for part in projected.split(self.qkv_widths, dim=-1)
         )
+        if self.config.stability_factor > 0:
+            q, k = (
+                torch.lerp(part, F.rms_norm(part, part.shape[-1:]), self.config.stability_factor) for part in (q, k)
+            )
+        core: Callable[..., tuple[Tensor, State | None]] = self.core
+        if self.config.memory_efficient and self.training and torch.is_grad_enabled():
+            core = partial(checkpoint, self.core, use_reentrant=False)
         core_state = None if state is None else state["core"]
-        mixed, core_state = self.core(x, q, k, v, key_padding_mask=key_padding_mask, state=core_state)
+        mixed, core_state = core(x, q, k, v, key_padding_mask=key_padding_mask, state=core_state)
         new_state = None if state is None else {"conv": conv_state, "core": core_state}
         return mixed.transpose(1, 2).flatten(2), new_state
 

@@ -33,7 +33,13 @@ class AttentionConfig:
         learned_positions: Whether a learned embedding of the absolute position is added to the token embedding.
         rope_base: Base of the rotary position embedding inside the attention core; ``None`` means no rotation.
         causal: Whether a token sees the past only; ``False`` lets it see both sides.
+        stability_factor: Share, from 0 to 1, of queries and keys divided by their root mean square: 0 leaves them as
+            they are, 1 is the norm of queries and keys (Henry et al. 2020).
+        calibration_factor: How far the attention branch of a token is drawn back to its usual scale where it leaves it,
+            from 0, which leaves this out, to 1; see ``StabilityEnhancer``.
         gradient_checkpointing: Whether blocks recompute their activations in the backward pass to save memory.
+        memory_efficient: Whether only the attention cores do, which costs less time and saves most of what long
+            sequences take.
 
     Raises:
         ValueError: If a setting is out of range or does not fit another one.
@@ -55,7 +61,10 @@ class AttentionConfig:
     learned_positions: bool = False
     rope_base: float | None = 10000.0
     causal: bool = True
+    stability_factor: float = 0.0
+    calibration_factor: float = 0.0
     gradient_checkpointing: bool = False
+    memory_efficient: bool = False
 
     def __post_init__(self) -> None:
         """Check every setting."""
@@ -68,6 +77,8 @@ class AttentionConfig:
         self._require_choice("activation", ACTIVATIONS)
         for name in ("dropout", "attention_dropout"):
             self._require(0.0 <= getattr(self, name) < 1.0, name, "must lie in [0, 1)")
+        for name in ("stability_factor", "calibration_factor"):
+            self._require(0.0 <= getattr(self, name) <= 1.0, name, "must lie in [0, 1]")
         for name in ("layer_norm_eps", "initializer_range"):
             self._require(getattr(self, name) > 0, name, "must be positive")
         self._require(self.rope_base is None or self.rope_base > 1, "rope_base", "must be above 1, or None for none")
@@ -115,7 +126,13 @@ class AttentionConfig:
 
         A state made under one signature is refused under another. Switches that only steer training are left out.
         """
-        training_only = {"dropout", "attention_dropout", "initializer_range", "gradient_checkpointing"}
+        training_only = {
+            "dropout",
+            "attention_dropout",
+            "initializer_range",
+            "gradient_checkpointing",
+            "memory_efficient",
+        }
         settings = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in settings.items() if name not in training_only}
 

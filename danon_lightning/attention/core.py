@@ -98,7 +98,7 @@ class AttentionCore(nn.Module, ABC):
         if not asking:
             return
         # What is measured only once must not be part of what a checkpoint computes twice.
-        twice = self.config.gradient_checkpointing and self.training
+        twice = self.training and (self.config.gradient_checkpointing or self.config.memory_efficient)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not twice):
             measured = measure()
         for values in asking:

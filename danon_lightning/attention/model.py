@@ -105,6 +105,11 @@ class AttentionModel(nn.Module):
             "layers": [layer.init_state(batch_size) for layer in self.blocks()],
         }
 
+    @property
+    def streams_without_end(self) -> bool:
+        """Whether the streaming form may go on beyond ``max_sequence_length``."""
+        return self.position_embedding is None and all(layer.core.streams_without_end for layer in self.blocks())
+
     def forward(
         self,
         input_ids: Tensor,
@@ -238,8 +243,7 @@ class AttentionModel(nn.Module):
         limit = self.config.max_sequence_length
         if first + tokens <= limit:
             return
-        endless = all(layer.core.streams_without_end for layer in self.blocks())
-        if streaming and endless and self.position_embedding is None:
+        if streaming and self.streams_without_end:
             return
         seen = f" after the {first} that the state has seen" if first else ""
         raise ValueError(

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, ClassVar, TypeVar
 
-import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRScheduler
@@ -20,14 +19,14 @@ from danon_lightning.attention import (
     MSRAConfig,
     MSRAModel,
 )
-from danon_lightning.models.generation import generate
 from danon_lightning.models.metrics import BitsPerByte
 from danon_lightning.models.optimization import OptimizerConfig, build_optimizer, warmup_cosine
+from danon_lightning.models.text import TextGeneration
 
 _Config = TypeVar("_Config")
 
 
-class LanguageModel(pl.LightningModule):
+class LanguageModel(TextGeneration):
     """Next-symbol prediction with one of the attention models; subclasses say which.
 
     A batch is a long tensor ``[b, n + 1]``: symbols 0 … n−1 are the input, 1 … n what is to be predicted.
@@ -100,58 +99,6 @@ class LanguageModel(pl.LightningModule):
         # The name puts it beside the loss in the logs: TensorBoard opens with only the first groups of tags unfolded.
         schedule: LRSchedulerConfigType = {"scheduler": scheduler, "interval": "step", "name": "train/learning_rate"}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
-
-    @torch.no_grad()
-    def generate_text(
-        self,
-        prompt: str,
-        *,
-        max_new_bytes: int = 200,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        seed: int = 0,
-    ) -> str:
-        """Continue a text byte by byte, from the streaming form of the model.
-
-        Args:
-            prompt: At least one byte in UTF-8.
-            max_new_bytes: Bytes to add. Prompt and continuation together must fit ``max_sequence_length``.
-            temperature: Divides the logits; 0 takes the most probable byte.
-            top_k: Draw among the k most probable bytes only; None for all.
-            seed: Of the draws. The global random state is not touched.
-
-        Returns:
-            The prompt and its continuation; what is no valid UTF-8 is replaced.
-
-        Raises:
-            ValueError: If the prompt is empty or the text would be too long, or for a value out of range.
-        """
-        start = prompt.encode()
-        if not start:
-            raise ValueError("prompt='' is empty: give the model at least one byte to continue")
-        longest = self.config.max_sequence_length
-        if len(start) + max_new_bytes > longest:
-            raise ValueError(
-                f"a prompt of {len(start)} bytes and max_new_bytes={max_new_bytes} exceed "
-                f"max_sequence_length={longest}: shorten either, or train with a longer one"
-            )
-        state = self.model.init_state(batch_size=1)
-
-        def next_logits(tokens: Tensor) -> Tensor:
-            nonlocal state
-            output = self.model(tokens, state=state)
-            state = output.state
-            logits: Tensor = self.head(output.last_hidden_state[:, -1])
-            return logits
-
-        was_training = self.training
-        self.eval()
-        try:
-            tokens = torch.tensor([list(start)], device=self.device)
-            tokens = generate(next_logits, tokens, max_new_bytes, temperature=temperature, top_k=top_k, seed=seed)
-        finally:
-            self.train(was_training)
-        return bytes(tokens[0].tolist()).decode(errors="replace")
 
 
 class MSRALightning(LanguageModel):

@@ -12,6 +12,7 @@ from danon_lightning.attention import (
     FullAttentionConfig,
     MSRAModel,
 )
+from danon_lightning.attention.kept_bytes import KeptBytes
 
 sys.path.insert(0, str(Path(__file__).parent))
 from variants import BIDIRECTIONAL, VARIANTS, build, make_config, scramble  # noqa: E402
@@ -106,9 +107,10 @@ def test_both_sides_are_seen_when_not_causal(variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_gradient_checkpointing_changes_nothing(variant):
+@pytest.mark.parametrize("saving", ["gradient_checkpointing", "memory_efficient"])
+def test_recomputation_changes_nothing(variant, saving):
     settings = {"dropout": 0.2, "attention_dropout": 0.2}
-    plain, checkpointed = build(variant, **settings), build(variant, **settings, gradient_checkpointing=True)
+    plain, checkpointed = build(variant, **settings), build(variant, **settings, **{saving: True})
     ids, results = torch.randint(0, 11, (2, 40)), []
     for model in (plain, checkpointed):
         torch.manual_seed(1)
@@ -117,6 +119,50 @@ def test_gradient_checkpointing_changes_nothing(variant):
         results.append([loss, *(parameter.grad for parameter in model.parameters())])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_recomputation_keeps_less():
+    kept = []
+    for saving in ({}, {"memory_efficient": True}, {"gradient_checkpointing": True}):
+        model = build("msra", max_sequence_length=512, **saving)
+        counter = KeptBytes(model.parameters())
+        with counter:
+            model(torch.randint(0, 11, (1, 512)))
+        kept.append(counter.count)
+    assert kept[1] < 0.7 * kept[0] and kept[2] < 0.7 * kept[1]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_queries_and_keys_of_unit_scale(variant):
+    ids, outputs = torch.randint(0, 11, (2, 40)), {}
+    for factor in (0.0, 0.5, 1.0):
+        for scale in (1.0, 1000.0):
+            model = build(variant, stability_factor=factor)
+            with torch.no_grad():
+                model.layers[0].qkv.weight[:32].mul_(scale)
+            outputs[factor, scale] = model(ids).last_hidden_state
+    assert not torch.allclose(outputs[0.0, 1.0], outputs[0.5, 1.0])
+    # The norm of queries and keys forgets their scale.
+    torch.testing.assert_close(outputs[1.0, 1000.0], outputs[1.0, 1.0], rtol=0, atol=1e-3)
+    assert not torch.allclose(outputs[0.5, 1000.0], outputs[0.5, 1.0], rtol=0, atol=1e-3)
+
+
+def test_a_branch_that_leaves_its_scale_is_drawn_back():
+    model = build("full", calibration_factor=1.0, num_layers=1)
+    stability, block = model.layers[0].stability, model.layers[0]
+    ids = torch.randint(0, 11, (2, 40))
+    for _ in range(stability.warmup_steps + 1):
+        model(ids)
+    usual = stability.get_stability_metrics()["historical_mean"]
+    with torch.no_grad():
+        block.output.weight.mul_(50)
+    model.eval()
+    branches = []
+    stability.register_forward_hook(lambda _, args, output: branches.append((args[0], output)))
+    model(ids)
+    before, after = (x.square().mean(dim=-1).sqrt().mean().item() for x in branches[0])
+    assert before == pytest.approx(50 * usual, rel=0.2) and after == pytest.approx(usual, rel=0.1)
+    assert build("full").layers[0].stability is None
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

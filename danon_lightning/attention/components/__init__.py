@@ -1,1 +1,25 @@
-"""Parts of the variants that stand on their own."""
+"""Parts of attention models that are of use by themselves."""
+
+from danon_lightning.attention.components.cache import AttentionCache, CacheStats, CacheValue
+from danon_lightning.attention.components.compression import CompressedSequence, CompressionStats, DynamicCompression
+from danon_lightning.attention.components.fusion import MultiScaleFeatureFusion
+from danon_lightning.attention.components.hierarchy import HierarchicalCompression
+from danon_lightning.attention.components.importance import ImportanceNetwork
+from danon_lightning.attention.components.recurrent import RecurrentState
+from danon_lightning.attention.components.router import DynamicRouter
+from danon_lightning.attention.components.stability import StabilityEnhancer
+
+__all__ = [
+    "AttentionCache",
+    "CacheStats",
+    "CacheValue",
+    "CompressedSequence",
+    "CompressionStats",
+    "DynamicCompression",
+    "DynamicRouter",
+    "HierarchicalCompression",
+    "ImportanceNetwork",
+    "MultiScaleFeatureFusion",
+    "RecurrentState",
+    "StabilityEnhancer",
+]

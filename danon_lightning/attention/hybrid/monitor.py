@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 from danon_lightning.attention.core import AttentionCore, observing
+from danon_lightning.attention.kept_bytes import KeptBytes
 
 __all__ = ["PerformanceStats", "monitoring"]
 
@@ -34,22 +34,6 @@ class PerformanceStats:
     passes: int = 0
 
 
-class _KeptBytes:
-    """Counts the storages that a component saves, each once."""
-
-    def __init__(self, known: Sequence[Tensor]) -> None:
-        self.storages = {tensor.untyped_storage().data_ptr() for tensor in known}
-        self.count = 0
-        self.hooks = saved_tensors_hooks(self._pack, lambda tensor: tensor)
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self.storages:
-            self.storages.add(storage.data_ptr())
-            self.count += storage.nbytes()
-        return tensor
-
-
 @contextmanager
 def monitoring(
     model: torch.nn.Module, hybrids: Sequence[AttentionCore], components: Sequence[Mapping[str, AttentionCore]]
@@ -68,20 +52,20 @@ def monitoring(
     """
     stats = PerformanceStats()
     kept: dict[str, int] = {}
-    running: dict[AttentionCore, tuple[float, _KeptBytes]] = {}
+    running: dict[AttentionCore, tuple[float, KeptBytes]] = {}
     shares: dict[str, list[float]] = {}
 
     def before(core: AttentionCore, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         _wait(args[0].device)
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        counter = _KeptBytes([*tensors, *core.parameters()])
-        counter.hooks.__enter__()
+        counter = KeptBytes([*tensors, *core.parameters()])
+        counter.__enter__()
         running[core] = (time.perf_counter(), counter)
 
     def after_component(name: str, core: AttentionCore, args: tuple[Any, ...]) -> None:
         _wait(args[0].device)
         started, counter = running.pop(core)
-        counter.hooks.__exit__(None, None, None)
+        counter.__exit__(None, None, None)
         stats.computation_time[name] = stats.computation_time.get(name, 0.0) + time.perf_counter() - started
         kept[name] = kept.get(name, 0) + counter.count
 

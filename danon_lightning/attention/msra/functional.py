@@ -105,7 +105,7 @@ def msra_attention(
     Args:
         q: Queries ``[b, H, n, d]``, neither rotated nor scaled.
         k: Keys ``[b, G, n, d]``, H divisible by G.
-        v: Values ``[b, G, n, d]``.
+        v: Values ``[b, G, n, dv]``.
         block_size: Cells B in a block; a query sees between one and two blocks a level.
         pool_factor: Cells r of one level that a cell of the next one summarises; it divides ``block_size``.
         num_levels: Number of levels L; ``"auto"`` takes the least with which every token reaches every other one.
@@ -113,7 +113,7 @@ def msra_attention(
         level_bias: Added to the logits of each level ``[b, H, n, L]``.
         pool_query: Direction that decides which children of a cell count more ``[G, d]``; ``None``: by mass alone.
         key_maps: Linear maps of the keys of each level above the tokens ``[L - 1, G, d, d]``; ``None``: identity.
-        value_maps: The same for the values.
+        value_maps: The same for the values ``[L - 1, G, dv, dv]``.
         rope_base: Base of the rotary embedding; ``None`` means no rotation.
         causal: Whether a query sees the past only.
         key_padding_mask: True for real tokens ``[b, n]``, boolean; ``None`` means that all are.
@@ -124,7 +124,7 @@ def msra_attention(
         return_stats: Whether to return statistics too.
 
     Returns:
-        The output ``[b, H, n, d]`` in the dtype of ``v``, zero in rows that see no real token; with ``return_stats``
+        The output ``[b, H, n, dv]`` in the dtype of ``v``, zero in rows that see no real token; with ``return_stats``
         also an ``MSRAStats``.
 
     Raises:
@@ -236,15 +236,15 @@ def _check_shapes(
             f"k has shape {list(k.shape)}, but q has shape {list(q.shape)}; k must have a number of heads that divides "
             "that of q"
         )
-    groups = k.shape[1]
-    maps = (geometry.num_levels - 1, groups, width, width)
+    groups, value_width = k.shape[1], v.shape[-1]
+    upper = geometry.num_levels - 1
     expected = {
         "k": (k, (batch, groups, length, width)),
-        "v": (v, (batch, groups, length, width)),
+        "v": (v, (batch, groups, length, value_width)),
         "level_bias": (level_bias, (batch, heads, length, geometry.num_levels)),
         "pool_query": (pool_query, (groups, width)),
-        "key_maps": (key_maps, maps),
-        "value_maps": (value_maps, maps),
+        "key_maps": (key_maps, (upper, groups, width, width)),
+        "value_maps": (value_maps, (upper, groups, value_width, value_width)),
         "key_padding_mask": (key_padding_mask, (batch, length)),
     }
     for name, (tensor, shape) in expected.items():

@@ -3,25 +3,26 @@
 import functools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from danon_lightning.attention.config import AttentionConfig
 from danon_lightning.attention.core import AttentionCore, State
+from danon_lightning.attention.efficiency import measure_efficiency
 from danon_lightning.attention.layers import ZeroLinear, keep_in_graph
-from danon_lightning.attention.model import AttentionModel
+from danon_lightning.attention.model import AttentionModel, AttentionModelOutput
 from danon_lightning.attention.msra.functional import msra_attention
 from danon_lightning.attention.msra.fusion import ConcatFusion, FeatureFusion, WeightedFusion
 from danon_lightning.attention.msra.geometry import Geometry
 from danon_lightning.attention.msra.streaming import empty_state, stream_chunk
 from danon_lightning.attention.registry import register_variant
 
-__all__ = ["MSRAAttention", "MSRAConfig", "MSRAModel"]
+__all__ = ["MSRAAttention", "MSRAConfig", "MSRAModel", "MSRAOutput"]
 
 FUSIONS = ("adaptive", "weighted", "concat")
 
@@ -83,6 +84,8 @@ class MSRAConfig(AttentionConfig):
 
 class MSRAAttention(AttentionCore):
     """The core of MSRA: learned pooling, learned preference for levels, parallel and streaming form.
+
+    In the parallel form it offers ``attentions`` and ``level_weights`` to ``observing``, as in ``MSRAOutput``.
 
     Args:
         config: The settings.
@@ -150,23 +153,25 @@ class MSRAAttention(AttentionCore):
             self._leave_out_of_reach()
         if state is not None:
             return self._stream(x, q, k, v, level_bias, key_padding_mask, state)
-        output = msra_attention(
+        attend: Callable[..., Any] = partial(
+            msra_attention,
             q,
             k,
-            v,
             block_size=self.config.block_size,
             pool_factor=self.config.pool_factor,
             num_levels=self.geometry.num_levels,
             level_bias=level_bias,
             pool_query=self.pool_query,
             key_maps=self.key_maps,
-            value_maps=self.value_maps,
             rope_base=self.config.rope_base,
             causal=self.config.causal,
             key_padding_mask=key_padding_mask,
-            feature_fusion=self._feature_fusion(x),
-            dropout_p=self._dropout_p(),
         )
+        output = attend(
+            v, value_maps=self.value_maps, feature_fusion=self._feature_fusion(x), dropout_p=self._dropout_p()
+        )
+        self._observe("attentions", lambda: attend(_names(v)))
+        self._observe("level_weights", lambda: attend(v, return_stats=True)[1].level_weights)
         if self.geometry.active_levels(x.shape[1]) == 1:
             output = self._keep_unused(output, level_bias)
         return output, None
@@ -223,6 +228,12 @@ class MSRAAttention(AttentionCore):
         return keep_in_graph(output, *(tensor for tensor in candidates if tensor is not None))
 
 
+def _names(values: Tensor) -> Tensor:
+    """Return values that each name their token, and come back as its weight ``[b, G, n, n]``."""
+    identity = torch.eye(values.shape[2], dtype=values.dtype, device=values.device)
+    return identity.expand(*values.shape[:2], -1, -1)
+
+
 @functools.cache
 def _warn_out_of_reach(reach: int) -> None:
     """Warn, once for every ``reach``, that tokens further back are not seen."""
@@ -231,6 +242,20 @@ def _warn_out_of_reach(reach: int) -> None:
         "on may be; raise num_levels, or use num_levels='auto'",
         stacklevel=3,
     )
+
+
+@dataclass
+class MSRAOutput(AttentionModelOutput):
+    """What an MSRA model returns.
+
+    Attributes:
+        attentions: For each layer, how much of the value of each token is in the output ``[b, H, n, n]``, if asked for
+            with ``output_details=("attentions",)``: the weight of a cell, times the share of the token in the cell.
+        level_weights: For each layer, the share of each level in the softmax ``[b, H, n, L]``, if asked for.
+    """
+
+    attentions: tuple[Tensor, ...] | None = None
+    level_weights: tuple[Tensor, ...] | None = None
 
 
 class MSRAModel(AttentionModel):
@@ -242,10 +267,55 @@ class MSRAModel(AttentionModel):
     """
 
     config_class: ClassVar[type[AttentionConfig]] = MSRAConfig
+    output_class: ClassVar[type[AttentionModelOutput]] = MSRAOutput
+    config: MSRAConfig
 
     def __init__(self, config: MSRAConfig | None = None, **overrides: object) -> None:
         """Create the layers."""
         super().__init__(config, **overrides)
+
+    @torch.no_grad()
+    def compute_attention_weights(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
+        """Return how much of each token is in the attention output of each other one, after cells are opened.
+
+        Rows add up to one, except those that see no real token, which are zero. The learned maps of the values are left
+        aside.
+
+        Args:
+            input_ids: Token ids ``[b, n]``.
+            attention_mask: 1 for real tokens ``[b, n]``.
+
+        Returns:
+            ``[b, H, n, n]`` by the name of the layer: ``layer_0``, ``layer_1``, …
+
+        Raises:
+            ValueError: If levels are fused other than in one softmax, so that there are no such weights.
+        """
+        if self.config.feature_fusion != "adaptive":
+            raise ValueError(f"feature_fusion={self.config.feature_fusion!r} has no common weights; 'adaptive' has")
+        output = self(input_ids, attention_mask, output_details=("attentions",))
+        return {f"layer_{index}": weights for index, weights in enumerate(output.attentions)}
+
+    def get_compression_stats(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, float]:
+        """Measure, for some input, how much is compressed, and what that saves and loses.
+
+        Args:
+            input_ids: Token ids ``[b, n]``, n at most 2,048.
+            attention_mask: 1 for real tokens ``[b, n]``.
+
+        Returns:
+            ``compression_ratio``: cells that a token sees over the tokens that it would see under full attention, in
+            the mean; ``information_retention``, ``computation_savings`` and ``memory_savings`` as in ``Efficiency``.
+        """
+        efficiency = measure_efficiency(self, input_ids, attention_mask)
+        length, causal, geometry = input_ids.shape[1], self.config.causal, self.config.geometry
+        queries = torch.arange(length).unsqueeze(-1)
+        cells = 0
+        for level in range(geometry.active_levels(length)):
+            columns = torch.arange(-(-length // geometry.span(level)))
+            cells += int(geometry.visible(queries, columns, level, causal=causal).sum())
+        tokens = length * (length + 1) // 2 if causal else length**2
+        return {"compression_ratio": cells / tokens, **efficiency._asdict()}
 
 
 register_variant("msra", MSRAConfig, MSRAAttention)
