@@ -92,6 +92,15 @@ class AttentionCore(nn.Module, ABC):
             dtype: Dtype of its keys, values and the like.
         """
 
+    def finish_step(self, training_step: int) -> None:
+        """Move on what follows the course of training, such as schedules and running means.
+
+        Not the forward pass does this: checkpointed activations repeat it and must then find everything as it was.
+
+        Args:
+            training_step: Optimizer steps so far.
+        """
+
     def _observe(self, name: str, measure: Callable[[], Tensor]) -> None:
         """Measure something, if ``observing`` asks for it by this name."""
         asking = [values for values in self._observers if name in values]

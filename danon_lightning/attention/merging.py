@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 __all__ = ["MASKED", "AttentionPart", "attention_part", "has_visible_keys", "merge_parts"]
 
@@ -34,23 +35,78 @@ class AttentionPart(NamedTuple):
     lse: Tensor
 
 
-class _SoftmaxWithLogSumExp(torch.autograd.Function):
-    """Softmax over the last dimension together with its log-sum-exp, saving one tensor for both."""
+class _Attention(torch.autograd.Function):
+    """Attention that keeps no weights: the backward pass computes them again from the log-sum-exp.
+
+    Reference:
+        Dao et al. 2022, "FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness", appendix B; the
+        gradient of the log-sum-exp adds to it what one of a plain output would be.
+    """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor) -> tuple[Tensor, Tensor]:
-        weights = torch.softmax(logits, dim=-1)
-        # The largest weight is exp(max logit − lse), which gives the lse without a second pass of exponentials.
-        lse = logits.amax(dim=-1) - weights.amax(dim=-1).log()
-        ctx.save_for_backward(weights)
-        return weights, lse
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        part = (
+            _fused(query, key, value, bias)
+            if _has_fused_form(query, value, bias)
+            else _explicit(query, key, value, bias)
+        )
+        ctx.save_for_backward(query, key, value, bias, part.lse)
+        return part.output, part.lse
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (weights,) = ctx.saved_tensors
-        grad_weights, grad_lse = grads
-        shift = (grad_weights * weights).sum(dim=-1) - grad_lse
-        return (grad_weights - shift.unsqueeze(-1)).mul_(weights)
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, bias, lse = ctx.saved_tensors
+        grad_output, grad_lse = grads
+        weights = _logits(query, key, bias).sub_(lse.unsqueeze(-1)).exp_()
+        grad_value = weights.to(value.dtype).mT @ grad_output
+        grad_logits = (grad_output @ value.mT).to(weights.dtype)
+        # Row by row: what the softmax takes off all logits of a row, less what the log-sum-exp asks for.
+        shift = torch.linalg.vecdot(weights, grad_logits) - grad_lse
+        grad_logits.sub_(shift.unsqueeze(-1)).mul_(weights)
+        grad_bias = None
+        if ctx.needs_input_grad[3]:
+            grad_bias = grad_logits.unflatten(-2, (bias.shape[-2], -1)).sum(dim=-2).sum_to_size(bias.shape)
+        narrow = grad_logits.to(query.dtype)
+        return narrow @ key, narrow.mT @ query, grad_value, grad_bias
+
+
+def _logits(query: Tensor, key: Tensor, bias: Tensor) -> Tensor:
+    """Return the biased logits ``[..., m, w]``, float32 at least."""
+    logits = query @ key.mT
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    rows = bias.shape[-2]
+    if rows == logits.shape[-2]:
+        # In place: the product does not need its own result in the backward pass, and logits are the largest tensor.
+        return logits.add_(bias)
+    return logits.unflatten(-2, (rows, -1)).add_(bias.unsqueeze(-2)).flatten(-3, -2)
+
+
+def _has_fused_form(query: Tensor, value: Tensor, bias: Tensor) -> bool:
+    """Tell whether there is a kernel that gives the log-sum-exp too, and takes any bias."""
+    return query.device.type == "cpu" and query.shape[-1] == value.shape[-1] and query.dim() == bias.dim() >= 4
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> AttentionPart:
+    """Attend by the kernel behind ``scaled_dot_product_attention``, which never has all weights in memory."""
+    repeats = query.shape[-2] // bias.shape[-2]
+    mask = bias if repeats == 1 else bias.repeat_interleave(repeats, dim=-2)
+    outer = query.shape[:-3]
+    mask = mask.expand(*(outer if any(size > 1 for size in mask.shape[:-3]) else (1,) * len(outer)), *mask.shape[-3:])
+    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        *(x.flatten(0, -4) for x in (query, key, value)), attn_mask=mask.flatten(0, -4), scale=1.0
+    )
+    return AttentionPart(output.unflatten(0, outer), lse.unflatten(0, outer))
+
+
+def _explicit(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dropout_p: float = 0.0) -> AttentionPart:
+    """Attend with all weights at hand, by operations that autograd, exporters and compilers understand."""
+    logits = _logits(query, key, bias)
+    weights, lse = torch.softmax(logits, dim=-1), torch.logsumexp(logits, dim=-1)
+    if dropout_p > 0.0:
+        weights = F.dropout(weights, dropout_p)
+    return AttentionPart(weights.to(value.dtype) @ value, lse)
 
 
 def attention_part(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, *, dropout_p: float = 0.0) -> AttentionPart:
@@ -67,24 +123,10 @@ def attention_part(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, *, d
     Returns:
         The output ``[..., m, d]`` in the dtype of ``value`` and the log-sum-exp ``[..., m]``.
     """
-    logits = query @ key.transpose(-1, -2)
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        logits = logits.float()
-    rows = bias.shape[-2]
-    if rows == logits.shape[-2]:
-        # In place: the product does not need its own result in the backward pass, and logits are the largest tensor.
-        logits.add_(bias)
-    else:
-        # Not in place: changing a view of a tensor makes the backward pass copy its whole gradient.
-        logits = (logits.unflatten(-2, (rows, -1)) + bias.unsqueeze(-2)).flatten(-3, -2)
-    if torch.compiler.is_compiling():
+    if dropout_p > 0.0 or torch.compiler.is_compiling():
         # Exporters do not trace custom functions that need a gradient, and a compiler fuses the plain form by itself.
-        weights, lse = torch.softmax(logits, dim=-1), torch.logsumexp(logits, dim=-1)
-    else:
-        weights, lse = _SoftmaxWithLogSumExp.apply(logits)
-    if dropout_p > 0.0:
-        weights = F.dropout(weights, dropout_p)
-    return AttentionPart(weights.to(value.dtype) @ value, lse)
+        return _explicit(query, key, value, bias, dropout_p)
+    return AttentionPart(*_Attention.apply(query, key, value, bias))
 
 
 def has_visible_keys(lse: Tensor) -> Tensor:

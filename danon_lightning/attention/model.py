@@ -105,6 +105,15 @@ class AttentionModel(nn.Module):
             "layers": [layer.init_state(batch_size) for layer in self.blocks()],
         }
 
+    def finish_step(self, training_step: int) -> None:
+        """Move on what follows the course of training; call it after each step, as the LightningModules do.
+
+        Args:
+            training_step: Optimizer steps so far.
+        """
+        for block in self.blocks():
+            block.core.finish_step(training_step)
+
     @property
     def streams_without_end(self) -> bool:
         """Whether the streaming form may go on beyond ``max_sequence_length``."""

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from danon_lightning.attention.functional import full_attention, msra_attention, msra_attention_reference
+from danon_lightning.attention.kept_bytes import KeptBytes
+from danon_lightning.attention.merging import attention_part
 from danon_lightning.attention.msra.fusion import ConcatFusion, WeightedFusion
 from danon_lightning.attention.msra.geometry import Geometry
 from danon_lightning.attention.rotary import apply_rotary, cell_positions
@@ -275,3 +277,32 @@ def test_cuda_equals_cpu():
     there = {name: tensor.cuda() for name, tensor in tensors.items()}
     ours = msra_attention(**there, **SIZES, key_padding_mask=mask.cuda())
     torch.testing.assert_close(ours.cpu(), expected, rtol=0, atol=1e-10)
+
+
+def test_no_weights_are_kept_for_the_backward_pass():
+    kept = []
+    for length in (512, 2048):
+        q, k, v = (torch.randn(1, 2, length, 16, requires_grad=True) for _ in range(3))
+        counter = KeptBytes((q, k, v))
+        with counter:
+            msra_attention(q, k, v, block_size=32, pool_factor=4)
+        kept.append(counter.count)
+    # Two levels of which a query sees 64 and 48 cells: their weights alone would be 3.5 times a tensor like q.
+    assert kept[1] < 4.5 * kept[0] and kept[1] < 16 * q.nbytes
+
+
+def test_values_and_gradients_of_a_part_equal_autograd():
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 3, 2, n, 5, dtype=torch.float64, requires_grad=True) for n in (6, 4, 4))
+    for shape in ((2, 3, 2, 6, 4), (1, 1, 2, 3, 4), (2, 1, 1, 1, 4)):
+        bias = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        part = attention_part(query, key, value, bias)
+        logits = query @ key.mT + bias.repeat_interleave(6 // shape[-2], dim=-2)
+        upstream = torch.randn_like(part.output), torch.randn_like(part.lse)
+        expected = torch.softmax(logits, dim=-1) @ value, torch.logsumexp(logits, dim=-1)
+        for ours, theirs in zip(
+            (*part, *torch.autograd.grad(part, (query, key, value, bias), upstream)),
+            (*expected, *torch.autograd.grad(expected, (query, key, value, bias), upstream)),
+            strict=True,
+        ):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)

@@ -20,7 +20,7 @@ __all__ = ["SuperHybridAttention", "SuperHybridConfig", "SuperHybridModel", "Sup
 # What ``enable_all_optimizations=False`` leaves out of each component.
 PLAIN: dict[str, dict[str, Any]] = {
     "dala": {"use_adaptive_router": False, "use_recursive_state": False},
-    "ucsa": {"error_tolerance": 0.0, "error_compensation": 0.0},
+    "ucsa": {"error_tolerance": 0.0, "error_compensation": None},
 }
 
 
@@ -167,6 +167,11 @@ class SuperHybridAttention(AttentionCore):
     def by_name(self) -> dict[str, AttentionCore]:
         """Return the components by name."""
         return {name: cast(AttentionCore, component) for name, component in self.components.items()}
+
+    def finish_step(self, training_step: int) -> None:
+        """Hand this on to the components; see ``AttentionCore.finish_step``."""
+        for component in self.by_name().values():
+            component.finish_step(training_step)
 
     @property
     def streams_without_end(self) -> bool:

@@ -1,9 +1,11 @@
 """Multi-scale recursive attention (MSRA) in its fast, parallel form.
 
-Queries of one block share a window of cells at each level, so a level is one batched product of dense tiles; there is
-no loop over blocks and never a matrix of n x n logits. The cost is O(n·B·L) with L = O(log n) levels.
+Queries of one block share a window of cells at each level, so a level is batched products of dense tiles, and there is
+never a matrix of n x n logits. The cost is O(n·B·L) with L = O(log n) levels; the work goes on a piece of the sequence
+at a time, through all levels, so that logits stay in the cache.
 """
 
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple, overload
 
 import torch
@@ -18,6 +20,11 @@ from danon_lightning.attention.pooling import Cells, build_pyramid, token_cells
 from danon_lightning.attention.rotary import apply_rotary, cell_positions
 
 __all__ = ["MSRAStats", "msra_attention"]
+
+# Few enough for the logits to stay in the cache of a processor core, enough to hide what a call costs.
+TOKENS_AT_ONCE = 1024
+# An accelerator wants large products instead.
+TOKENS_AT_ONCE_ON_ACCELERATORS = 16384
 
 
 class MSRAStats(NamedTuple):
@@ -147,48 +154,90 @@ def msra_attention(
         value_maps=value_maps,
     )
     query = apply_rotary(q, cell_positions(0, length, 1, q.device), rope_base) * width**-0.5
-    parts = []
+    # Levels that are fused by functions of the user are handed to them whole.
+    piece = _piece_length(geometry, q.device) if feature_fusion == "adaptive" else length
+    queries = query.split(piece, dim=-2)
+    attended = []
     for level, cells in enumerate(levels):
         positions = cell_positions(0, cells.num_cells, geometry.span(level), q.device)
         cells = cells._replace(keys=apply_rotary(cells.keys, positions, rope_base)).for_heads(heads)
-        part = _attend_level(query, cells, level, geometry, causal=causal, dropout_p=dropout_p)
-        parts.append(part if level_bias is None else part._replace(lse=part.lse + level_bias[..., level]))
-    output = fuse_levels(parts, feature_fusion, may_be_blind=key_padding_mask is not None)
+        attended.append(_attend_level(queries, cells, level, geometry, length, causal=causal, dropout_p=dropout_p))
+    biases = [None] * len(queries) if level_bias is None else level_bias.split(piece, dim=-2)
+    outputs, lses = [], []
+    for bias, *parts in zip(biases, *attended, strict=True):
+        if bias is not None:
+            parts = [part._replace(lse=part.lse + bias[..., level]) for level, part in enumerate(parts)]
+        outputs.append(fuse_levels(parts, feature_fusion, may_be_blind=key_padding_mask is not None))
+        if return_stats:
+            lses.append(torch.stack([part.lse for part in parts], dim=-1).detach())
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-2)
     if not return_stats:
         return output
-    lses = torch.stack([part.lse for part in parts], dim=-1).detach()
-    unused = geometry.num_levels - len(parts)
-    return output, MSRAStats(F.pad(torch.softmax(lses, dim=-1), (0, unused)), torch.logsumexp(lses, dim=-1))
+    lse = torch.cat(lses, dim=-2)
+    unused = geometry.num_levels - len(levels)
+    return output, MSRAStats(F.pad(torch.softmax(lse, dim=-1), (0, unused)), torch.logsumexp(lse, dim=-1))
+
+
+def _piece_length(geometry: Geometry, device: torch.device) -> int:
+    """Return the number of tokens to work on at once: blocks of some level, so that borders meet those of blocks."""
+    limit = TOKENS_AT_ONCE if device.type == "cpu" else TOKENS_AT_ONCE_ON_ACCELERATORS
+    level = 0
+    while level + 1 < geometry.num_levels and geometry.block_length(level + 1) <= limit:
+        level += 1
+    block = geometry.block_length(level)
+    return block * max(1, limit // block) if level + 1 == geometry.num_levels else block
 
 
 def _attend_level(
-    query: Tensor, cells: Cells, level: int, geometry: Geometry, *, causal: bool, dropout_p: float
-) -> AttentionPart:
-    """Attend to the cells of one level, their keys rotated and repeated for the query heads."""
-    length, size = query.shape[-2], geometry.block_size
+    queries: Sequence[Tensor],
+    cells: Cells,
+    level: int,
+    geometry: Geometry,
+    length: int,
+    *,
+    causal: bool,
+    dropout_p: float,
+) -> Iterator[AttentionPart]:
+    """Attend to the cells of one level, their keys rotated and repeated for the query heads, piece by piece.
+
+    A piece consists of whole blocks of the level, or lies within one.
+    """
+    size, block = geometry.block_size, geometry.block_length(level)
     # Queries of one group see the same cells: a single token at level 0, above it a block of the level below.
     group = 1 if level == 0 else geometry.block_length(level - 1)
-    blocks = -(-length // geometry.block_length(level))
-    groups = geometry.block_length(level) // group if blocks > 1 else -(-length // group)
+    blocks = -(-length // block)
     # The cells at the end of the own block are too near for every query of a causal level.
     own = size - 2 * size // geometry.pool_factor if level > 0 and causal else size
-    keys, values = (_windows(x, blocks, size, own, causal=causal) for x in (cells.keys, cells.values))
-    log_mass = _windows(cells.log_mass.unsqueeze(-1), blocks, size, own, causal=causal, fill=MASKED).squeeze(-1)
-
-    # The pattern repeats from block to block. A window starts one block early, if there is an earlier block at all.
-    first_block = 1 if blocks > 1 else 0
-    in_block = torch.arange(groups, device=query.device) * group
-    visible = geometry.visible(
-        first_block * geometry.block_length(level) + in_block.unsqueeze(-1),
-        torch.arange(keys.shape[-2], device=query.device),
-        level,
-        causal=causal,
+    keys, values, masses = (
+        _windows(x, blocks, size, own, causal=causal, fill=fill)
+        for x, fill in ((cells.keys, 0.0), (cells.values, 0.0), (cells.log_mass.unsqueeze(-1), MASKED))
     )
-    bias = log_mass.unsqueeze(-2).masked_fill(~visible, MASKED).unsqueeze(1)  # [b or 1, 1, blocks, groups, w]
-
-    padded = F.pad(query, (0, 0, 0, blocks * groups * group - length))
-    part = attention_part(padded.unflatten(-2, (blocks, -1)), keys, values, bias, dropout_p=dropout_p)
-    return AttentionPart(part.output.flatten(-3, -2)[..., :length, :], part.lse.flatten(-2)[..., :length])
+    at_once = -(-queries[0].shape[-2] // block)  # blocks
+    # A split and not slices: each of many slices would fill up its gradient with zeros to the whole length.
+    windows = list(
+        zip(
+            keys.split(at_once, dim=-3),
+            values.split(at_once, dim=-3),
+            masses.squeeze(-1).split(at_once, dim=-2),
+            strict=True,
+        )
+    )
+    columns = torch.arange(keys.shape[-2], device=keys.device)
+    start = 0
+    for query in queries:
+        key, value, mass = windows[start // block // at_once]
+        count, tokens = key.shape[-3], query.shape[-2]
+        # In tokens of a block, of which all have the same pattern, but not fewer than there are.
+        rows = -(-(tokens if count == 1 else block) // group)
+        padded = F.pad(query, (0, 0, 0, count * rows * group - tokens)) if tokens > group else query
+        # A window starts one block early, if there is an earlier block at all.
+        first = start % block + (block if blocks > 1 else 0)
+        positions = first + torch.arange(rows, device=keys.device) * group
+        visible = geometry.visible(positions.unsqueeze(-1), columns, level, causal=causal)
+        bias = mass.unsqueeze(-2).masked_fill(~visible, MASKED).unsqueeze(1)  # [b or 1, 1, blocks, rows, w]
+        part = attention_part(padded.unflatten(-2, (count, -1)), key, value, bias, dropout_p=dropout_p)
+        yield AttentionPart(part.output.flatten(-3, -2)[..., :tokens, :], part.lse.flatten(-2)[..., :tokens])
+        start += tokens
 
 
 def _windows(x: Tensor, blocks: int, size: int, own: int, *, causal: bool, fill: float = 0.0) -> Tensor:
