@@ -37,7 +37,7 @@ class Cells(NamedTuple):
         upper: Largest value of each channel of the rotated keys of tokens ``[b, G, m, d]``, detached like all below.
         lower: The smallest ``[b, G, m, d]``.
         bias: Added to the score in the selection ``[b, G or H, m]``, or ``None``.
-        expandable: Which cells may be expanded ``[b or 1, G or 1, m]``, boolean.
+        expandable: Which cells may be expanded ``[b or 1, G or 1, m]``, boolean; ``None`` if all may.
     """
 
     means: Tensor
@@ -47,7 +47,7 @@ class Cells(NamedTuple):
     upper: Tensor
     lower: Tensor
     bias: Tensor | None
-    expandable: Tensor
+    expandable: Tensor | None
 
 
 def block_errors(
@@ -126,10 +126,12 @@ def block_cells(
     else:
         padded = ~real.unflatten(-1, (-1, size))[:, None, :, :, None]
         upper, lower = _extremes(tokens.masked_fill(padded, float("-inf")), tokens.masked_fill(padded, float("inf")))
-    expandable = (summaries.log_mass > MASKED / 2).unsqueeze(1)
+    expandable = None if real is None else (summaries.log_mass > MASKED / 2).unsqueeze(1)
     if error_tolerance > 0.0 or callable(selection_bias):
         errors = block_errors(values, block_size=size, key_padding_mask=None if real is None else real)
-        expandable = expandable & (errors >= error_tolerance)
+        if error_tolerance > 0.0:
+            worth_it = errors >= error_tolerance
+            expandable = worth_it if expandable is None else expandable & worth_it
         selection_bias = selection_bias(errors) if callable(selection_bias) else selection_bias
     bias = None if selection_bias is None else selection_bias.detach().to(summaries.log_mass.dtype)
     centred = _rotate_centres(summaries.keys, first, 0, layout, rope_base)
@@ -160,7 +162,9 @@ def parent_cells(children: Cells, *, first: int, level: int, layout: Layout, rop
         # The best child decides: the score of a cell stays an upper bound of those of its children.
         bias = F.pad(bias, (0, missing), value=float("-inf")).unflatten(-1, (-1, factor))
         bias = bias.masked_fill(empty.unsqueeze(1), float("-inf")).amax(dim=-1).clamp(min=MASKED)
-    expandable = F.pad(children.expandable, (0, missing)).unflatten(-1, (-1, factor)).any(dim=-1)
+    expandable = children.expandable
+    if expandable is not None:
+        expandable = F.pad(expandable, (0, missing)).unflatten(-1, (-1, factor)).any(dim=-1)
     centred = _rotate_centres(summaries.keys, first, level, layout, rope_base)
     return Cells(summaries.keys, centred, summaries.values, summaries.log_mass, upper, lower, bias, expandable)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from danon_lightning.attention.merging import MASKED, AttentionPart, has_visible_keys, merge_parts
 from danon_lightning.attention.ucsa.layout import Layout
-from danon_lightning.attention.ucsa.products import Grads, attend, gradients
+from danon_lightning.attention.ucsa.products import attend, dropout_factors, gradients
 from danon_lightning.attention.ucsa.selection import best_cells, bound_query
 from danon_lightning.attention.ucsa.sources import Level, Sources
 from danon_lightning.attention.ucsa.tiles import Tiles
@@ -50,14 +50,14 @@ class _Set:
         kind: Whether its keys are near, cells, or selected blocks.
         pick: Finds keys and values, or where their gradients are added up, ``[N, w, d]``; with tiles
             ``[N, groups, w, d]``; in windows ``[N, blocks, S, d]``.
-        hide: Adds to logits ``[B, P, w]`` in place what must be added.
+        bias: Gives what is added to the logits, of a shape that broadcasts with ``[B, P, w]``, or nothing.
         tiles: Which groups of keys the queries chose; ``None`` if all queries read the same.
         windows: Whether queries read the window of their block.
     """
 
     kind: str
     pick: Callable[[Sources], tuple[Tensor, Tensor]]
-    hide: Callable[[Tensor, Tiles | None], None]
+    bias: Callable[[Tiles | None], Tensor | None]
     tiles: Tiles | None = None
     windows: bool = False
 
@@ -87,13 +87,14 @@ class Piece:
         chosen: list[Tensor] | None = None,
     ) -> None:
         """Find out what lies where."""
-        self.sources, self.layout, self.dropout_p = sources, layout, dropout_p
+        self.sources, self.layout = sources, layout
         self.rows, self.repeats, self.length, self.width = query.shape
         self.query = query.flatten(1, 2)  # [N, M, d]
         self.start, self.device = start, query.device
+        self.precise = torch.promote_types(query.dtype, torch.float32)
         positions = torch.arange(start, start + self.length, device=query.device)
         self.positions = positions.repeat(self.repeats)  # [M]
-        self.generator = torch.Generator(device=query.device).manual_seed(seed) if dropout_p > 0.0 else None
+        self._keep = dropout_factors(dropout_p, seed, query.device) if dropout_p > 0.0 else None
         self.known = chosen
         self.chosen: list[Tensor] = []
         self.blocks = torch.empty(self.rows, self.query.shape[1], 0, dtype=torch.long, device=query.device)
@@ -146,9 +147,9 @@ class Piece:
     def _sets(self) -> Iterator[_Set]:
         """Yield all sets of keys, choosing on the way what to expand."""
         if self.sources.sink_keys.shape[1] > 0:
-            yield _Set("near", lambda x: (x.sink_keys, x.sink_values), self._hide_sinks)
+            yield _Set("near", lambda x: (x.sink_keys, x.sink_values), self._sink_bias)
         if self.sources.window_keys.shape[1] > 0:
-            yield _Set("near", self._pick_windows, self._window_mask(), windows=True)
+            yield _Set("near", self._pick_windows, self._window_bias, windows=True)
         expanded: Tensor | None = None
         for level in reversed(range(self.layout.tree_levels)):
             cells = self.sources.levels[level]
@@ -165,20 +166,26 @@ class Piece:
             expanded = torch.where(expanded < 0, -1, slots)
         tiles = self._tiles(expanded, self.sources.block_keys.shape[1])
         if tiles is not None:
-            yield _Set("blocks", lambda x: (x.block_keys, x.block_values), self._hide_tokens, tiles)
+            yield _Set("blocks", lambda x: (x.block_keys, x.block_values), self._token_bias, tiles)
 
-    def _hide_sinks(self, logits: Tensor, tiles: Tiles | None) -> None:
+    def _sink_bias(self, tiles: Tiles | None) -> Tensor | None:
         """Hide padding, and the future from queries that are sinks themselves."""
-        if self.sources.sink_hidden is not None:
-            logits.masked_fill_(self.sources.sink_hidden.unsqueeze(1), MASKED)
+        hidden = None if self.sources.sink_hidden is None else self.sources.sink_hidden.unsqueeze(1)
         if self.layout.causal and self.start < self.layout.num_sinks:
-            sinks = torch.arange(logits.shape[-1], device=self.device)
-            logits.masked_fill_(sinks > self.positions.unsqueeze(-1), MASKED)
+            sinks = torch.arange(self.sources.sink_keys.shape[1], device=self.device)
+            future = sinks > self.positions.unsqueeze(-1)
+            hidden = future if hidden is None else hidden | future
+        return None if hidden is None else self._hide(hidden)
 
-    def _hide_tokens(self, logits: Tensor, tiles: Tiles | None) -> None:
+    def _token_bias(self, tiles: Tiles | None) -> Tensor | None:
         """Hide padding in selected blocks."""
-        if self.sources.block_hidden is not None and tiles is not None:
-            logits.masked_fill_(tiles.take_groups(self.sources.block_hidden).unsqueeze(1), MASKED)
+        if self.sources.block_hidden is None or tiles is None:
+            return None
+        return self._hide(tiles.take_groups(self.sources.block_hidden).unsqueeze(1))
+
+    def _hide(self, hidden: Tensor) -> Tensor:
+        """Return the bias of what is hidden."""
+        return torch.zeros(hidden.shape, dtype=self.precise, device=self.device).masked_fill_(hidden, MASKED)
 
     def _pick_windows(self, sources: Sources) -> tuple[Tensor, Tensor]:
         """Return the blocks that windows of the piece lie in, without those beyond either end."""
@@ -197,13 +204,19 @@ class Piece:
         before = max(0, -first)
         after = self.groups + self.layout.blocks_in_window - 1 - before - x.shape[1]
         if before or after:
-            x = torch.cat([x.new_zeros(x.shape[0], count, *x.shape[2:]) for count in (before,)] + [x], dim=1)
-            x = torch.cat([x, x.new_zeros(x.shape[0], after, *x.shape[2:])], dim=1)
+            ends = [x.new_zeros(x.shape[0], count, *x.shape[2:]) for count in (before, after)]
+            x = torch.cat([ends[0], x, ends[1]], dim=1)
+        if self.groups == 1:
+            return x.flatten(1, 2).unsqueeze(1)
+        if x.shape[0] == 1 and x.is_contiguous():
+            # Windows of one row overlap in memory and need no copy.
+            shape = (1, self.groups, self.layout.blocks_in_window * self.layout.block_size, *x.shape[3:])
+            return x.as_strided(shape, (x.stride(0), *x.stride()[1:]))
         shifts = [x[:, shift : shift + self.groups] for shift in range(self.layout.blocks_in_window)]
         return torch.cat(shifts, dim=2)
 
-    def _window_mask(self) -> Callable[[Tensor, Tiles | None], None]:
-        """Return what hides the future, what lies beyond either end, and padding."""
+    def _window_bias(self, tiles: Tiles | None) -> Tensor:
+        """Hide the future, what lies beyond either end, and padding."""
         layout, sources, size = self.layout, self.sources, self.layout.block_size
         inside = self.first_block - layout.window_blocks >= sources.window_first and (
             layout.causal or self.last_block + layout.window_blocks < sources.window_first + sources.window_keys.shape[1]
@@ -216,22 +229,16 @@ class Piece:
         queries = groups + self.start - self.missing_before
         queries = queries + torch.arange(self.group_length, device=self.device).unsqueeze(-1)
         begin = layout.num_sinks + sources.window_first * size
+        # [C or 1, R·P or 1, W·S]
         hidden = (keys < begin) | (keys >= begin + sources.window_keys.shape[1] * size)
         if layout.causal:
-            hidden = hidden | (keys > queries)
-        bias = torch.zeros(hidden.shape, dtype=torch.float32, device=self.device).masked_fill_(hidden, MASKED)
-        padding = None
+            hidden = (hidden | (keys > queries)).repeat(1, self.repeats, 1)
         if sources.window_hidden is not None:
             first, last = self._window_range()
-            padding = self._windows(sources.window_hidden[:, first:last])[:, :, None, None, :]
-
-        def hide(logits: Tensor, tiles: Tiles | None) -> None:
-            logits = logits.view(self.rows, self.groups, self.repeats, self.group_length, -1)
-            logits.add_(bias.unsqueeze(1).to(logits.dtype))
-            if padding is not None:
-                logits.masked_fill_(padding, MASKED)
-
-        return hide
+            hidden = (hidden | self._windows(sources.window_hidden[:, first:last]).unsqueeze(2)).flatten(0, 1)
+        elif len(hidden) > 1:
+            hidden = hidden.repeat(self.rows, 1, 1)
+        return self._hide(hidden)
 
     # Choosing --------------------------------------------------------------------------------------------------------
 
@@ -250,18 +257,19 @@ class Piece:
             scores = _precise(torch.bmm(bound_query(self.query), cells.bounds[:, :count].mT))
             if cells.bias is not None:
                 scores.unflatten(1, (self.repeats, self.length)).add_(cells.bias[:, :, None, :count])
-            return scores.masked_fill_(~(visible & cells.expandable[:, None, :count]), MASKED)
+            allowed = visible if cells.expandable is None else visible & cells.expandable[:, None, :count]
+            return scores.masked_fill_(~allowed, MASKED)
 
         chosen = self._choose(score, indices)
         hidden = _mark(chosen, count) | ~visible
 
-        def hide(logits: Tensor, tiles: Tiles | None) -> None:
-            logits.add_(cells.log_mass[:, None, :count]).masked_fill_(hidden, MASKED)
+        def bias(tiles: Tiles | None) -> Tensor:
+            return torch.where(hidden, MASKED, cells.log_mass[:, None, :count])
 
         def pick(sources: Sources) -> tuple[Tensor, Tensor]:
             return sources.levels[level].keys[:, :count], sources.levels[level].values[:, :count]
 
-        return chosen, _Set("cells", pick, hide)
+        return chosen, _Set("cells", pick, bias)
 
     def _children(self, cells: Level, level: int, parents: Tensor | None) -> tuple[Tensor, _Set | None]:
         """Return the expanded ones of the children of ``parents`` and of the frontier, and the set of all others."""
@@ -279,33 +287,36 @@ class Piece:
 
         def score() -> Tensor:
             query, bounds = bound_query(self.query), cells.bounds.unflatten(1, (-1, factor))
-            places = torch.cat(
-                [_precise(torch.bmm(x.take_queries(query), x.take_groups(bounds).mT)) for x in tiles.split(factor)]
-            )
-            scores = tiles.to_pairs(places)
-            row = torch.arange(self.rows, device=self.device).view(-1, 1, 1, 1)
-            index = indices.clamp(min=0)
+            places = query.new_empty(*tiles.query.shape, factor)
+            for some, place in tiles.split(factor, places):
+                torch.bmm(some.take_queries(query), some.take_groups(bounds).mT, out=place)
+            scores = _precise(tiles.to_pairs(places))
+            allowed = visible
+            if cells.bias is not None or cells.expandable is not None:
+                row = torch.arange(self.rows, device=self.device).view(-1, 1, 1, 1)
+                index = indices.clamp(min=0)
             if cells.bias is not None:
                 heads = cells.bias.shape[1]
                 head = torch.arange(self.repeats, device=self.device).repeat_interleave(self.length) % heads
                 scores += cells.bias.flatten()[(row * heads + head.view(-1, 1, 1)) * cells.keys.shape[1] + index]
-            allowed = visible & cells.expandable.flatten()[row * cells.keys.shape[1] + index]
+            if cells.expandable is not None:
+                allowed = visible & cells.expandable.flatten()[row * cells.keys.shape[1] + index]
             return scores.masked_fill_(~allowed, MASKED).flatten(2)
 
         chosen = self._choose(score, indices.flatten(2))
         hidden = _mark(chosen, indices.shape[-2] * factor).view_as(visible) | ~visible
         log_mass = cells.log_mass.unflatten(1, (-1, factor))
 
-        def hide(logits: Tensor, tiles: Tiles | None) -> None:
+        def bias(tiles: Tiles | None) -> Tensor:
             assert tiles is not None
-            logits.add_(tiles.take_groups(log_mass).unsqueeze(1)).masked_fill_(tiles.take_pairs(hidden), MASKED)
+            return torch.where(tiles.take_pairs(hidden), MASKED, tiles.take_groups(log_mass).unsqueeze(1))
 
         def pick(sources: Sources) -> tuple[Tensor, Tensor]:
             here = sources.levels[level]
             return here.keys.unflatten(1, (-1, factor)), here.values.unflatten(1, (-1, factor))
 
         expanded = indices.flatten(2).gather(-1, chosen.clamp(min=0))
-        return torch.where(chosen < 0, -1, expanded), _Set("cells", pick, hide, tiles)
+        return torch.where(chosen < 0, -1, expanded), _Set("cells", pick, bias, tiles)
 
     def _choose(self, score: Callable[[], Tensor], cells: Tensor) -> Tensor:
         """Return the best candidates, or what an earlier pass took for them."""
@@ -330,7 +341,7 @@ class Piece:
     def _attend_dense(self, keys: _Set) -> AttentionPart:
         """Attend to keys that queries share."""
         query, key, value = self._operands(keys)
-        output, lse = attend(query, key, value, lambda x: keys.hide(x, None), self._keep)
+        output, lse = attend(query, key, value, keys.bias(None), self._keep)
         if keys.windows:
             output, lse = self._ungroup(output), self._ungroup(lse)
         return AttentionPart(output, lse)
@@ -338,14 +349,12 @@ class Piece:
     def _attend_tiles(self, keys: _Set) -> AttentionPart:
         """Attend to keys that queries have chosen."""
         assert keys.tiles is not None
-        found = []
         all_keys, all_values = keys.pick(self.sources)
-        for tiles in keys.tiles.split(all_keys.shape[2]):
+        outputs = self.query.new_empty(*keys.tiles.query.shape, self.width, dtype=self.precise)
+        lses = self.query.new_empty(keys.tiles.query.shape, dtype=self.precise)
+        for tiles, output, lse in keys.tiles.split(all_keys.shape[2], outputs, lses):
             key, value = tiles.take_groups(all_keys), tiles.take_groups(all_values)
-            found.append(
-                attend(tiles.take_queries(self.query), key, value, lambda x, t=tiles: keys.hide(x, t), self._keep)
-            )
-        outputs, lses = (torch.cat(x) if len(x) > 1 else x[0] for x in zip(*found, strict=True))
+            output[:], lse[:] = attend(tiles.take_queries(self.query), key, value, keys.bias(tiles), self._keep)
         lses = keys.tiles.to_pairs(lses).masked_fill_(~keys.tiles.present, MASKED)
         lse = torch.logsumexp(lses, dim=-1)
         shares = (lses - lse.unsqueeze(-1)).exp_().masked_fill_(~keys.tiles.present, 0.0)
@@ -356,7 +365,7 @@ class Piece:
         query, key, value = self._operands(keys)
         if keys.windows:
             grad, lse, shift = self._group(grad), self._group(lse, float("inf")), self._group(shift)
-        grads = gradients(query, key, value, lambda x: keys.hide(x, None), self._keep, grad, lse, shift)
+        grads = gradients(query, key, value, keys.bias(None), self._keep, grad, lse, shift)
         for total, own in zip(keys.pick(totals), grads[1:], strict=True):
             if keys.windows:
                 self._add_windows(total, own)
@@ -367,25 +376,24 @@ class Piece:
     def _gradients_of_tiles(self, keys: _Set, grad: Tensor, lse: Tensor, shift: Tensor, totals: Sources) -> Tensor:
         """Add up gradients of keys and values; return that of the query."""
         assert keys.tiles is not None
-        found = []
         all_keys, all_values = keys.pick(self.sources)
-        for tiles in keys.tiles.split(all_keys.shape[2]):
+        places = self.query.new_empty(*keys.tiles.query.shape, self.width)
+        for tiles, place in keys.tiles.split(all_keys.shape[2], places):
             key, value = tiles.take_groups(all_keys), tiles.take_groups(all_values)
-            grads: Grads = gradients(
+            grads = gradients(
                 tiles.take_queries(self.query),
                 key,
                 value,
-                lambda x, t=tiles: keys.hide(x, t),
+                keys.bias(tiles),
                 self._keep,
                 tiles.take_queries(grad),
                 # Nobody is in an empty place.
                 tiles.take_queries(lse).masked_fill_(tiles.empty, float("inf")),
                 tiles.take_queries(shift),
+                place,
             )
-            found.append(grads.query)
             for total, own in zip(keys.pick(totals), grads[1:], strict=True):
                 tiles.add_to_groups(total, own)
-        places = torch.cat(found) if len(found) > 1 else found[0]
         return keys.tiles.sum_to_queries(places.to(lse.dtype), keys.tiles.present.to(lse.dtype))
 
     def _operands(self, keys: _Set) -> tuple[Tensor, Tensor, Tensor]:
@@ -395,13 +403,6 @@ class Piece:
             return self.query, key, value
         key, value = (self._windows(x).flatten(0, 1) for x in (key, value))
         return self._group(self.query), key, value
-
-    def _keep(self, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
-        """Return what attention weights are multiplied with, or nothing without dropout."""
-        if self.generator is None:
-            return None
-        kept = torch.rand(shape, device=self.device, generator=self.generator) >= self.dropout_p
-        return kept.to(dtype).div_(1.0 - self.dropout_p)
 
     def _group(self, x: Tensor, fill: float = 0.0) -> Tensor:
         """Return ``[N·C, R·P, ...]`` of what each query has ``[N, R·m, ...]``, groups filled up with ``fill``."""

@@ -22,7 +22,7 @@ class Level(NamedTuple):
         log_mass: Logarithm of the number of real tokens ``[N, c]``, ``MASKED`` for cells without any.
         bounds: The largest and the smallest value of each channel side by side ``[N, c, 2d]``.
         bias: Added to the score in the selection ``[N, R or 1, c]``, or ``None``.
-        expandable: Which cells may be expanded ``[N, c]``, boolean.
+        expandable: Which cells may be expanded ``[N, c]``, boolean; ``None`` if all that are visible may.
     """
 
     keys: Tensor
@@ -30,7 +30,7 @@ class Level(NamedTuple):
     log_mass: Tensor
     bounds: Tensor
     bias: Tensor | None
-    expandable: Tensor
+    expandable: Tensor | None
 
 
 class Sources(NamedTuple):
@@ -100,9 +100,14 @@ def level_of(cells: Cells, groups: int, multiple: int) -> Level:
     """
     batch, count = cells.keys.shape[0], cells.keys.shape[-2]
     missing = -count % multiple
-    bias = cells.bias
+    bias, expandable = cells.bias, cells.expandable
     if bias is not None:
         bias = F.pad(bias.unflatten(1, (groups, -1)).flatten(0, 1), (0, missing))
+    if expandable is not None:
+        expandable = F.pad(expandable.expand(batch, groups, -1).flatten(0, 1), (0, missing))
+    elif missing:
+        # What fills up is no cell.
+        expandable = torch.arange(count + missing, device=cells.keys.device).expand(batch * groups, -1) < count
     log_mass = cells.log_mass.unsqueeze(1).expand(batch, groups, -1).flatten(0, 1)
     return Level(
         F.pad(cells.keys.flatten(0, 1), (0, 0, 0, missing)),
@@ -110,7 +115,7 @@ def level_of(cells: Cells, groups: int, multiple: int) -> Level:
         F.pad(log_mass, (0, missing), value=MASKED),
         F.pad(torch.cat([cells.upper, cells.lower], dim=-1).flatten(0, 1), (0, 0, 0, missing)),
         bias,
-        F.pad(cells.expandable.expand(batch, groups, -1).flatten(0, 1), (0, missing)),
+        expandable,
     )
 
 

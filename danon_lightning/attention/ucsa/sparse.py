@@ -8,7 +8,7 @@ Reference:
     Dao et al. 2022, "FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness".
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,12 @@ class _Job:
     start: int
     dropout_p: float
     seed: int
+    # Which of the distinct tensors each of the sources is: windows and blocks may be the same.
+    index: list[int]
+
+    def fill(self, tensors: Sequence[Tensor]) -> Sources:
+        """Return the sources with distinct tensors put in."""
+        return self.sources.with_differentiable([tensors[i] for i in self.index])
 
     def cut(self, query: Tensor) -> Iterator[tuple[slice, slice]]:
         """Yield rows and tokens ``[N, R, n, d]`` of all pieces; none holds both sinks and other tokens."""
@@ -78,7 +84,7 @@ class _SparseAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, job: _Job, query: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        sources = job.sources.with_differentiable(tensors)
+        sources = job.fill(tensors)
         precise = torch.promote_types(query.dtype, torch.float32)
         output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         lse, near_lse, cells_lse = torch.empty(3, *query.shape[:-1], dtype=precise, device=query.device)
@@ -106,8 +112,9 @@ class _SparseAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
         query, output, lse, *tensors = ctx.saved_tensors
         job: _Job = ctx.job
-        sources = job.sources.with_differentiable(tensors)
-        totals = sources.with_differentiable([torch.zeros_like(x, dtype=lse.dtype) for x in tensors])
+        sources = job.fill(tensors)
+        grads = [torch.zeros_like(x, dtype=lse.dtype) for x in tensors]
+        totals = job.fill(grads)
         grad_query = torch.empty_like(query)
         with without_autocast(query.device):
             for index, (rows, tokens) in enumerate(job.cut(query)):
@@ -118,8 +125,7 @@ class _SparseAttention(torch.autograd.Function):
                     lse[rows, :, tokens],
                     totals.rows(rows.start, rows.stop),
                 ).to(query.dtype)
-        grads = (x.to(tensor.dtype) for x, tensor in zip(totals.differentiable(), tensors, strict=True))
-        return None, grad_query, *grads
+        return None, grad_query, *(x.to(tensor.dtype) for x, tensor in zip(grads, tensors, strict=True))
 
 
 def _piece(
@@ -150,7 +156,13 @@ def sparse_attention(
         dropout_p: Probability of dropping an attention weight.
     """
     seed = int(torch.randint(1 << 62, ())) if dropout_p > 0.0 else 0
-    tensors = sources.differentiable()
+    every = sources.differentiable()
+    tensors: list[Tensor] = []
+    index = []
+    for tensor in every:
+        same = [i for i, x in enumerate(tensors) if x is tensor]
+        index.append(same[0] if same else len(tensors))
+        tensors += [] if same else [tensor]
     # What the passes share must not hold the graph.
-    job = _Job(sources.with_differentiable([x.detach() for x in tensors]), layout, start, dropout_p, seed)
+    job = _Job(sources.with_differentiable([x.detach() for x in every]), layout, start, dropout_p, seed, index)
     return Attended(*_SparseAttention.apply(job, query, *tensors))

@@ -5,7 +5,7 @@ they read, pairs form small dense products instead.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import Tensor
 __all__ = ["Tiles"]
 
 # Tiles worked on at once hold about this many logits: few enough to stay in the cache of a processor core.
-LOGITS_AT_ONCE = 1 << 19
+LOGITS_AT_ONCE = 1 << 17
 LOGITS_AT_ONCE_ON_ACCELERATORS = 1 << 26
 
 
@@ -73,13 +73,19 @@ class Tiles(NamedTuple):
             present,
         )
 
-    def split(self, width: int) -> Iterator["Tiles"]:
-        """Yield a few tiles at a time, such that logits of ``width`` keys fit the cache; ``place`` stays whole."""
+    def split(self, width: int, *buffers: Tensor) -> Iterator[tuple[Any, ...]]:
+        """Yield a few tiles at a time, such that logits of ``width`` keys fit the cache; ``place`` stays whole.
+
+        Args:
+            width: Keys in a group.
+            buffers: What each tile has ``[T, ...]``; views of the same tiles are yielded along.
+        """
         budget = LOGITS_AT_ONCE if self.group.device.type == "cpu" else LOGITS_AT_ONCE_ON_ACCELERATORS
         count = max(1, budget // (self.query.shape[1] * width))
         for start in range(0, len(self.group), count):
             group, query, pair, empty = (x[start : start + count] for x in self[:4])
-            yield Tiles(group, query, pair, empty, self.place, self.present)
+            tiles = Tiles(group, query, pair, empty, self.place, self.present)
+            yield tiles, *(x[start : start + count] for x in buffers)
 
     def take_queries(self, x: Tensor) -> Tensor:
         """Return ``[T, P, ...]`` of what each query has ``[N, M, ...]``."""
