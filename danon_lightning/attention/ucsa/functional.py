@@ -246,7 +246,9 @@ def _make_sources(
         *trunk,
         hidden,
         None,
-        tuple(level_of(x, groups, multiple) for x, multiple in zip(cells, multiples, strict=True)),
+        tuple(
+            level_of(x, groups, multiple, causal=layout.causal) for x, multiple in zip(cells, multiples, strict=True)
+        ),
     )
 
 

@@ -260,8 +260,8 @@ class Piece:
             allowed = visible if cells.expandable is None else visible & cells.expandable[:, None, :count]
             return scores.masked_fill_(~allowed, MASKED)
 
-        chosen = self._choose(score, indices)
-        hidden = _mark(chosen, count) | ~visible
+        chosen = self._choose(score, lambda: indices)
+        hidden = _mark(chosen, count).logical_or_(~visible)
 
         def bias(tiles: Tiles | None) -> Tensor:
             return torch.where(hidden, MASKED, cells.log_mass[:, None, :count])
@@ -282,8 +282,14 @@ class Piece:
         tiles = self._tiles(parents, groups)
         if tiles is None:
             return self.blocks, None
-        indices = parents.unsqueeze(-1) * factor + torch.arange(factor, device=self.device)  # [N, M, s, r]
-        visible = self.layout.outside(indices, self.positions.view(-1, 1, 1), level) & tiles.present.unsqueeze(-1)
+        visible = tiles.present.unsqueeze(-1).expand(-1, -1, -1, factor).contiguous()  # [N, M, s, r]
+        # What was expanded lies outside of the window, all of it; of the frontier only a part does.
+        cut = parents[:, :, -frontier.shape[-1] :].unsqueeze(-1) * factor + torch.arange(factor, device=self.device)
+        visible[:, :, -frontier.shape[-1] :] &= self.layout.outside(cut, self.positions.view(-1, 1, 1), level)
+
+        def children() -> Tensor:
+            indices = parents.unsqueeze(-1) * factor + torch.arange(factor, device=self.device)
+            return indices.clamp_(min=0).flatten(2)
 
         def score() -> Tensor:
             query, bounds = bound_query(self.query), cells.bounds.unflatten(1, (-1, factor))
@@ -294,7 +300,7 @@ class Piece:
             allowed = visible
             if cells.bias is not None or cells.expandable is not None:
                 row = torch.arange(self.rows, device=self.device).view(-1, 1, 1, 1)
-                index = indices.clamp(min=0)
+                index = children().view_as(visible)
             if cells.bias is not None:
                 heads = cells.bias.shape[1]
                 head = torch.arange(self.repeats, device=self.device).repeat_interleave(self.length) % heads
@@ -303,8 +309,8 @@ class Piece:
                 allowed = visible & cells.expandable.flatten()[row * cells.keys.shape[1] + index]
             return scores.masked_fill_(~allowed, MASKED).flatten(2)
 
-        chosen = self._choose(score, indices.flatten(2))
-        hidden = _mark(chosen, indices.shape[-2] * factor).view_as(visible) | ~visible
+        chosen = self._choose(score, children)
+        hidden = _mark(chosen, parents.shape[-1] * factor).view_as(visible).logical_or_(~visible)
         log_mass = cells.log_mass.unflatten(1, (-1, factor))
 
         def bias(tiles: Tiles | None) -> Tensor:
@@ -315,10 +321,11 @@ class Piece:
             here = sources.levels[level]
             return here.keys.unflatten(1, (-1, factor)), here.values.unflatten(1, (-1, factor))
 
-        expanded = indices.flatten(2).gather(-1, chosen.clamp(min=0))
+        candidates = chosen.clamp(min=0)
+        expanded = parents.gather(-1, candidates // factor) * factor + candidates % factor
         return torch.where(chosen < 0, -1, expanded), _Set("cells", pick, bias, tiles)
 
-    def _choose(self, score: Callable[[], Tensor], cells: Tensor) -> Tensor:
+    def _choose(self, score: Callable[[], Tensor], cells: Callable[[], Tensor]) -> Tensor:
         """Return the best candidates, or what an earlier pass took for them."""
         if self.known is not None:
             chosen = self.known[len(self.chosen)].long()
@@ -436,7 +443,7 @@ class Piece:
 def _mark(chosen: Tensor, count: int) -> Tensor:
     """Return which of ``count`` candidates were chosen, boolean ``[N, M, count]``."""
     marked = torch.zeros(*chosen.shape[:-1], count + 1, dtype=torch.bool, device=chosen.device)
-    return marked.scatter_(-1, torch.where(chosen < 0, count, chosen), True)[..., :count]
+    return marked.scatter_(-1, torch.where(chosen < 0, count, chosen), True)[..., :count].contiguous()
 
 
 def _precise(x: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Which cells a query expands: the best of a level by an upper bound of what they could hold."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -13,12 +15,12 @@ def bound_query(query: Tensor) -> Tensor:
     return torch.cat([query.clamp(min=0.0), query.clamp(max=0.0)], dim=-1)
 
 
-def best_cells(scores: Tensor, cells: Tensor, count: int) -> Tensor:
+def best_cells(scores: Tensor, cells: Callable[[], Tensor], count: int) -> Tensor:
     """Return which candidates of each query are the best; of equal ones those that come later in the sequence.
 
     Args:
         scores: ``[N, M, c]``, ``MASKED`` for cells that must not be chosen.
-        cells: Index of the cell that a candidate is, of a shape that broadcasts with ``scores``.
+        cells: Gives the index of the cell that a candidate is, of a shape that broadcasts with ``scores``.
         count: How many are wanted, k.
 
     Returns:
@@ -30,9 +32,14 @@ def best_cells(scores: Tensor, cells: Tensor, count: int) -> Tensor:
         return torch.empty(*scores.shape[:-1], 0, dtype=torch.long, device=scores.device)
     best = scores.topk(min(count + 1, candidates), dim=-1)
     values, chosen = best.values[..., :count], best.indices[..., :count]
-    if candidates > count and bool(((values[..., -1] == best.values[..., -1]) & (values[..., -1] > MASKED / 2)).any()):
-        # topk takes any of those that are equal. Ties are rare, and sorting everything takes long.
-        later_first = cells.expand_as(scores).argsort(dim=-1, descending=True)
-        order = scores.gather(-1, later_first).sort(dim=-1, descending=True, stable=True)
-        values, chosen = order.values[..., :count], later_first.gather(-1, order.indices[..., :count])
+    if candidates > count:
+        # Of candidates that are equal topk takes any.
+        tied = (values[..., -1] == best.values[..., -1]) & (values[..., -1] > MASKED / 2)
+        rows = tied.flatten().nonzero().squeeze(-1)
+        if len(rows) > 0:
+            later_first = cells().expand_as(scores).flatten(0, 1)[rows].argsort(dim=-1, descending=True)
+            order = scores.flatten(0, 1)[rows].gather(-1, later_first).sort(dim=-1, descending=True, stable=True)
+            chosen = chosen.flatten(0, 1).index_copy(0, rows, later_first.gather(-1, order.indices[..., :count]))
+            values = values.flatten(0, 1).index_copy(0, rows, order.values[..., :count])
+            chosen, values = chosen.view(*scores.shape[:-1], count), values.view(*scores.shape[:-1], count)
     return chosen.masked_fill(values < MASKED / 2, -1)

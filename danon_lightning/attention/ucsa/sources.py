@@ -90,13 +90,14 @@ class Sources(NamedTuple):
         )
 
 
-def level_of(cells: Cells, groups: int, multiple: int) -> Level:
+def level_of(cells: Cells, groups: int, multiple: int, *, causal: bool) -> Level:
     """Lay cells out by rows.
 
     Args:
         cells: Cells of one level, of G heads.
         groups: Number of key/value heads G.
         multiple: The number of cells is filled up to a multiple of this.
+        causal: Whether queries see the past only, and so nothing of what fills up.
     """
     batch, count = cells.keys.shape[0], cells.keys.shape[-2]
     missing = -count % multiple
@@ -105,7 +106,7 @@ def level_of(cells: Cells, groups: int, multiple: int) -> Level:
         bias = F.pad(bias.unflatten(1, (groups, -1)).flatten(0, 1), (0, missing))
     if expandable is not None:
         expandable = F.pad(expandable.expand(batch, groups, -1).flatten(0, 1), (0, missing))
-    elif missing:
+    elif missing and not causal:
         # What fills up is no cell.
         expandable = torch.arange(count + missing, device=cells.keys.device).expand(batch * groups, -1) < count
     log_mass = cells.log_mass.unsqueeze(1).expand(batch, groups, -1).flatten(0, 1)
