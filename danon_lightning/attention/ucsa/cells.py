@@ -50,9 +50,7 @@ class Cells(NamedTuple):
     expandable: Tensor | None
 
 
-def block_errors(
-    v: Tensor, *, block_size: int, num_sinks: int = 0, key_padding_mask: Tensor | None = None
-) -> Tensor:
+def block_errors(v: Tensor, *, block_size: int, num_sinks: int = 0, key_padding_mask: Tensor | None = None) -> Tensor:
     """Return what the mean value of a block leaves out, relative to the values: e = ‖v - v̄‖ / ‖v‖.
 
     Args:
@@ -68,7 +66,9 @@ def block_errors(
     values = v.detach()[:, :, num_sinks:].to(torch.promote_types(v.dtype, torch.float32))
     blocks, missing = layout.num_blocks(v.shape[-2]), -max(0, v.shape[-2] - num_sinks) % block_size
     values = F.pad(values, (0, 0, 0, missing)).unflatten(-2, (blocks, block_size))
-    real = torch.ones(1, v.shape[-2], dtype=torch.bool, device=v.device) if key_padding_mask is None else key_padding_mask
+    real = (
+        torch.ones(1, v.shape[-2], dtype=torch.bool, device=v.device) if key_padding_mask is None else key_padding_mask
+    )
     real = F.pad(real[:, num_sinks:], (0, missing)).unflatten(-1, (blocks, block_size))[:, None, :, :, None]
     values = values.masked_fill(~real, 0.0)
     mean = values.sum(dim=-2, keepdim=True) / real.sum(dim=-2, keepdim=True).clamp(min=1)

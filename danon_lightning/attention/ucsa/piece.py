@@ -219,7 +219,8 @@ class Piece:
         """Hide the future, what lies beyond either end, and padding."""
         layout, sources, size = self.layout, self.sources, self.layout.block_size
         inside = self.first_block - layout.window_blocks >= sources.window_first and (
-            layout.causal or self.last_block + layout.window_blocks < sources.window_first + sources.window_keys.shape[1]
+            layout.causal
+            or self.last_block + layout.window_blocks < sources.window_first + sources.window_keys.shape[1]
         )
         # Away from the ends the pattern is the same in all groups.
         groups = torch.arange(1 if inside else self.groups, device=self.device).view(-1, 1, 1) * size

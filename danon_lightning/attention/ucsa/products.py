@@ -23,9 +23,7 @@ class Grads(NamedTuple):
     value: Tensor
 
 
-def dropout_factors(
-    dropout_p: float, seed: int, device: torch.device
-) -> Callable[[torch.Size, torch.dtype], Tensor]:
+def dropout_factors(dropout_p: float, seed: int, device: torch.device) -> Callable[[torch.Size, torch.dtype], Tensor]:
     """Return a function that gives what attention weights are multiplied with, the same in every pass of this seed."""
     generator = torch.Generator(device=device).manual_seed(seed)
 

@@ -3,6 +3,7 @@
 It shares no code with the fast form, costs O(n²) and exists to check it, in float64.
 """
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -64,7 +65,10 @@ def ucsa_attention_reference(
     for _ in range(1, tree_levels):
         below = tokens[-1]
         tokens.append(
-            [range(x[0].start, x[-1].stop) for x in (below[j : j + tree_factor] for j in range(0, len(below), tree_factor))]
+            [
+                range(x[0].start, x[-1].stop)
+                for x in (below[j : j + tree_factor] for j in range(0, len(below), tree_factor))
+            ]
         )
     rotated_q, rotated_k = (_rotate(x, [float(i) for i in range(length)], rope_base) for x in (q, k))
 
@@ -114,63 +118,97 @@ def ucsa_attention_reference(
     ]
     visible = torch.zeros(batch, heads, length, logits.shape[-1], dtype=torch.bool)
     coverage = torch.zeros(batch, heads, length, length, dtype=torch.int)
-    for row in range(batch):
-        for head in range(heads):
-            bounds = [x[row, head].tolist() for x in scores]
-            for i in range(length):
-                gone = [False] * blocks if unavailable is None else unavailable[row, i].tolist()
-                keeps = [
-                    not gone[b] and errors[row, head // repeats, b].item() >= error_tolerance for b in range(blocks)
-                ]
-                own = max(0, i - num_sinks) // block_size
-                first, last = own - window_blocks, own + (0 if causal else window_blocks)
-                near = [j for j in range(min(num_sinks, length)) if j <= i or not causal]
-                for block in range(max(0, first), min(blocks, last + 1)):
-                    near += [j for j in tokens[0][block] if j <= i or not causal]
-
-                def outside(cell: range, first: int = first, last: int = last) -> bool:
-                    before = cell.stop <= num_sinks + first * block_size
-                    return before or (not causal and cell.start >= num_sinks + (last + 1) * block_size)
-
-                read, summaries, expanded = list(near), [], None
-                for level in reversed(range(tree_levels)):
-                    candidates = []
-                    for index, cell in enumerate(tokens[level]):
-                        parent = index // tree_factor
-                        free = expanded is None or parent in expanded or not outside(tokens[level + 1][parent])
-                        if outside(cell) and free and real[row, cell.start : cell.stop].any():
-                            candidates.append(index)
-
-                    def worth(index: int, level: int = level) -> tuple[float, int]:
-                        width_in_blocks = tree_factor**level
-                        mine = range(index * width_in_blocks, min(blocks, (index + 1) * width_in_blocks))
-                        full = [b for b in mine if real[row, tokens[0][b].start : tokens[0][b].stop].any()]
-                        return bounds[level][i][index] + max(bias[row, head, b].item() for b in full), index
-
-                    allowed = [
-                        x
-                        for x in candidates
-                        if any(
-                            keeps[b] and bool(real[row, tokens[0][b].start : tokens[0][b].stop].any())
-                            for b in range(x * tree_factor**level, min(blocks, (x + 1) * tree_factor**level))
-                        )
-                    ]
-                    expanded = set(sorted(allowed, key=worth, reverse=True)[:num_selected])
-                    summaries += [(level, x) for x in candidates if x not in expanded]
-                for block in sorted(expanded or ()):
-                    read += list(tokens[0][block])
-                for level, index in summaries:
-                    visible[row, head, i, columns[level] + index] = True
-                    for j in tokens[level][index]:
-                        coverage[row, head, i, j] += 1
-                for j in read:
-                    visible[row, head, i, j] = real[row, j]
-                    coverage[row, head, i, j] += 1
+    for row, head in itertools.product(range(batch), range(heads)):
+        full = [bool(real[row, cell.start : cell.stop].any()) for cell in tokens[0]]
+        bounds = [x[row, head].tolist() for x in scores]
+        for i in range(length):
+            may = (errors[row, head // repeats] >= error_tolerance).tolist()
+            if unavailable is not None:
+                may = [held and not gone for held, gone in zip(may, unavailable[row, i].tolist(), strict=True)]
+            read, summaries = _look(
+                i,
+                length,
+                tokens,
+                [x[i] for x in bounds],
+                bias[row, head].tolist(),
+                full,
+                may,
+                num_selected,
+                block_size * window_blocks,
+                num_sinks,
+                tree_factor,
+                causal,
+            )
+            visible[row, head, i, read] = real[row, read]
+            coverage[row, head, i, read] += 1
+            for level, index in summaries:
+                visible[row, head, i, columns[level] + index] = True
+                coverage[row, head, i, tokens[level][index].start : tokens[level][index].stop] += 1
     visible = visible.to(q.device)
     blind = ~visible.any(dim=-1, keepdim=True)
     weights = torch.softmax(logits.masked_fill(~visible & ~blind, float("-inf")), dim=-1).masked_fill(blind, 0.0)
     output = weights @ all_values
     return (output, coverage) if return_coverage else output
+
+
+def _look(
+    i: int,
+    length: int,
+    tokens: list[list[range]],
+    bounds: list[list[float]],
+    bias: list[float],
+    full: list[bool],
+    may: list[bool],
+    num_selected: int,
+    reach: int,
+    num_sinks: int,
+    tree_factor: int,
+    causal: bool,
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Return which tokens query i reads, and which cells (of which level).
+
+    Args:
+        i: Position of the query.
+        length: n.
+        tokens: The tokens of each cell of each level.
+        bounds: The bound of each cell of each level.
+        bias: Added to the scores of blocks.
+        full: Which blocks hold real tokens.
+        may: Which blocks may be expanded.
+        num_selected: k.
+        reach: Tokens of the window beyond the own block.
+        num_sinks: g.
+        tree_factor: r.
+        causal: Whether only the past is seen.
+    """
+    # Sinks have the window of the first block.
+    own = next((cell for cell in tokens[0] if max(i, num_sinks) in cell), range(0))
+    start, stop = own.start - reach, own.stop + reach
+
+    def outside(cell: range) -> bool:
+        return cell.stop <= start or (not causal and cell.start >= stop)
+
+    inside = [j for cell in tokens[0] if not outside(cell) for j in cell]
+    read = [j for j in [*range(min(num_sinks, length)), *inside] if j <= i or not causal]
+    summaries: list[tuple[int, int]] = []
+    expanded: list[int] = []
+    for level in reversed(range(len(tokens))):
+        size = tree_factor**level
+        blocks = [
+            [b for b in range(j * size, (j + 1) * size) if b < len(full) and full[b]] for j in range(len(tokens[level]))
+        ]
+        candidates = []
+        for j, cell in enumerate(tokens[level]):
+            parent = j // tree_factor
+            top = level == len(tokens) - 1
+            reached = top or parent in expanded or not outside(tokens[level + 1][parent])
+            if outside(cell) and reached and blocks[j]:
+                candidates.append(j)
+        worth = {j: (bounds[level][j] + max(bias[b] for b in blocks[j]), j) for j in candidates}
+        allowed = [j for j in candidates if any(may[b] for b in blocks[j])]
+        expanded = sorted(allowed, key=worth.__getitem__, reverse=True)[:num_selected]
+        summaries += [(level, j) for j in candidates if j not in expanded]
+    return read + [j for b in expanded for j in tokens[0][b]], summaries
 
 
 def _rotate(x: Tensor, positions: list[float], base: float | None) -> Tensor:
