@@ -10,10 +10,16 @@ from danon_lightning.attention.linear.functional import gated_delta_rule, gated_
 from danon_lightning.attention.linear.reference import gated_delta_rule_reference, gated_linear_attention_reference
 from danon_lightning.attention.msra.functional import MSRAStats, msra_attention
 from danon_lightning.attention.msra.reference import msra_attention_reference
+from danon_lightning.attention.ucsa.cells import block_errors, compensate_errors
+from danon_lightning.attention.ucsa.functional import UCSAStats, ucsa_attention
+from danon_lightning.attention.ucsa.reference import ucsa_attention_reference
 
 __all__ = [
     "DALAStats",
     "MSRAStats",
+    "UCSAStats",
+    "block_errors",
+    "compensate_errors",
     "dala_attention",
     "dala_attention_reference",
     "full_attention",
@@ -23,4 +29,6 @@ __all__ = [
     "gated_linear_attention_reference",
     "msra_attention",
     "msra_attention_reference",
+    "ucsa_attention",
+    "ucsa_attention_reference",
 ]

@@ -1,0 +1,360 @@
+"""UCSA chunk by chunk.
+
+The state keeps the sinks, the tokens of the window, the summaries and bounds of all complete blocks and of the cells
+above them, and the tokens of past blocks: all of them, or as many as a cache holds. A block that was evicted from the
+cache is still read as a summary, and never expanded.
+"""
+
+from collections.abc import Callable
+from typing import Any, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from danon_lightning.attention.core import State
+from danon_lightning.attention.rotary import apply_rotary, cell_positions
+from danon_lightning.attention.ucsa.arguments import check_tensors
+from danon_lightning.attention.ucsa.cache import (
+    Eviction,
+    add_block,
+    available_blocks,
+    empty_cache,
+    extend_cache,
+    record_selection,
+)
+from danon_lightning.attention.ucsa.cells import Cells, block_cells, parent_cells
+from danon_lightning.attention.ucsa.layout import Layout
+from danon_lightning.attention.ucsa.sources import Level, Sources, level_of
+from danon_lightning.attention.ucsa.sparse import sparse_attention
+
+__all__ = ["empty_state", "stream_chunk"]
+
+
+def empty_state(
+    batch_size: int,
+    kv_heads: int,
+    head_dim: int,
+    *,
+    block_size: int,
+    tree_levels: int = 1,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> State:
+    """Return the state before the first token.
+
+    Args:
+        batch_size: Number of sequences b.
+        kv_heads: Key and value heads G.
+        head_dim: Head width d.
+        block_size: Tokens S in a block.
+        tree_levels: Levels T of cells.
+        device: Where the state lives.
+        dtype: Dtype of keys and values; later states take on that of the newest chunk.
+
+    Returns:
+        ``position``, the number of tokens seen; ``padded``, whether a mask was ever given; the ``sinks`` (keys rotated)
+        and the ``window`` (not rotated), with ``keys`` and ``values`` ``[b, G, m, d]`` and ``real`` ``[b, m]``;
+        ``cells``, for each level what the fields of ``Cells`` are; and the ``cache``, see ``empty_cache``.
+    """
+    nothing = torch.empty(batch_size, kv_heads, 0, head_dim, device=device, dtype=dtype)
+    real = torch.empty(batch_size, 0, device=device, dtype=torch.bool)
+    tokens = {"keys": nothing, "values": nothing, "real": real}
+    cells: State = {name: nothing for name in ("means", "keys", "values", "upper", "lower")}
+    cells["log_mass"] = torch.empty(batch_size, 0, device=device, dtype=torch.promote_types(dtype, torch.float32))
+    cells["bias"] = None
+    cells["expandable"] = torch.empty(batch_size, kv_heads, 0, device=device, dtype=torch.bool)
+    return {
+        "position": 0,
+        "padded": False,
+        "sinks": dict(tokens),
+        "window": dict(tokens),
+        "cells": [dict(cells) for _ in range(tree_levels)],
+        "cache": empty_cache(batch_size, kv_heads, block_size, head_dim, device=device, dtype=dtype),
+    }
+
+
+def stream_chunk(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: State,
+    *,
+    block_size: int,
+    num_selected: int,
+    window_blocks: int,
+    num_sinks: int,
+    tree_levels: int = 1,
+    tree_factor: int = 16,
+    rope_base: float | None = 10000.0,
+    key_padding_mask: Tensor | None = None,
+    error_tolerance: float = 0.0,
+    selection_bias: Callable[[Tensor], Tensor] | None = None,
+    max_cache_size: int | None = None,
+    eviction: Eviction = "lru",
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, State]:
+    """Attend to what the state holds and to the chunk itself, causally.
+
+    With an unbounded cache the result equals the matching rows of ``ucsa_attention`` over the whole sequence. With a
+    bounded one it equals the same softmax in which blocks that were evicted are not expanded. When the stream comes to
+    a new block, the oldest block of the window goes to the cache, and what the queries before have selected decides
+    which other one it replaces. So neither result depends on how the sequence is cut in chunks.
+
+    Args:
+        q: Queries of the chunk ``[b, H, n, d]``; the other tensors likewise cover the chunk only, and are otherwise as
+            in ``ucsa_attention``.
+        k: Keys ``[b, G, n, d]``.
+        v: Values ``[b, G, n, d]``.
+        state: From ``empty_state`` or an earlier call; not changed.
+        block_size: Tokens S in a block, the same in all calls, like all settings.
+        num_selected: Cells k that a query expands at each level.
+        window_blocks: Blocks before the own one in the window.
+        num_sinks: Tokens at the start that every query reads.
+        tree_levels: Levels T of cells.
+        tree_factor: Cells r of one level that a cell of the next one holds.
+        rope_base: Base of the rotary embedding; ``None`` means no rotation.
+        key_padding_mask: True for real tokens ``[b, n]``, boolean.
+        error_tolerance: Blocks with a smaller error are not expanded.
+        selection_bias: Makes what is added to the scores of blocks of their errors ``[b, G, blocks]``; it is called
+            once for every block, with one or several blocks at a time.
+        max_cache_size: Most tokens of past blocks, beyond sinks and window, that are kept; whole blocks count. ``None``
+            keeps all.
+        eviction: Which block goes when the cache is full: that selected least recently by any query (``"lru"``), the
+            oldest (``"fifo"``) or that selected least often (``"lfu"``).
+        dropout_p: Probability of dropping an attention weight.
+
+    Returns:
+        The output ``[b, H, n, d]`` and the new state.
+
+    Raises:
+        ValueError: If shapes do not fit each other or a setting is out of range.
+    """
+    layout = Layout(block_size, num_selected, window_blocks, num_sinks, tree_levels, tree_factor)
+    if isinstance(selection_bias, Tensor):
+        raise ValueError("selection_bias is a tensor; a stream needs a function that makes it of the errors of blocks")
+    check_tensors(q, k, v, 0, key_padding_mask=key_padding_mask, selection_bias=None, error_tolerance=error_tolerance)
+    if max_cache_size is not None and max_cache_size < 0:
+        raise ValueError(f"max_cache_size={max_cache_size} must be at least 0, or None for a cache without bounds")
+    if eviction not in get_args(Eviction):
+        raise ValueError(f"eviction={eviction!r} must be one of {', '.join(get_args(Eviction))}")
+    start, stop = state["position"], state["position"] + q.shape[-2]
+    real = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device)
+    if key_padding_mask is not None:
+        real, state = key_padding_mask, {**state, "padded": True}
+    borders = [start, stop]
+    if max_cache_size is not None:
+        # What may be expanded changes when the stream comes to another block.
+        first = num_sinks if start < num_sinks else start + block_size - (start - num_sinks) % block_size
+        borders = [start, *range(first, stop, block_size), stop]
+    settings = (layout, rope_base, error_tolerance, selection_bias, max_cache_size, eviction, dropout_p)
+    outputs = []
+    for begin, end in zip(borders, borders[1:], strict=False):
+        here = slice(begin - start, end - start)
+        output, state = _step(q[:, :, here], k[:, :, here], v[:, :, here].to(k.dtype), real[:, here], state, *settings)
+        outputs.append(output.to(v.dtype))
+    # Copies, so that the state does not keep chunks alive.
+    for name in ("sinks", "window"):
+        state[name] = {key: x.clone() for key, x in state[name].items()}
+    return torch.cat(outputs, dim=2), state
+
+
+def _step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    real: Tensor,
+    state: State,
+    layout: Layout,
+    rope_base: float | None,
+    error_tolerance: float,
+    selection_bias: Callable[[Tensor], Tensor] | None,
+    max_cache_size: int | None,
+    eviction: Eviction,
+    dropout_p: float,
+) -> tuple[Tensor, State]:
+    """Attend with tokens between which nothing is evicted."""
+    batch, heads, length, width = q.shape
+    groups, size, start = k.shape[1], layout.block_size, state["position"]
+    positions = cell_positions(start, length, 1, q.device)
+    own = layout.own_block(start + length - 1)
+    sinks = max(0, min(layout.num_sinks - start, length))
+    rotated = apply_rotary(k[:, :, :sinks], positions[:sinks], rope_base)
+    state = {
+        **state,
+        "position": start + length,
+        "sinks": _append(state["sinks"], rotated, v[:, :, :sinks], real[:, :sinks]),
+        "window": _append(state["window"], k[:, :, sinks:], v[:, :, sinks:], real[:, sinks:]),
+    }
+    window = state["window"]
+    # The window still begins where that of the query before did.
+    first = max(0, layout.own_block(max(0, start - 1)) - layout.window_blocks)
+    place = cell_positions(0, window["keys"].shape[2], 1, q.device) + (layout.num_sinks + first * size)
+    window_keys = apply_rotary(window["keys"], place, rope_base)
+    state["cells"] = _grow(state, window_keys, first, layout, rope_base, error_tolerance, selection_bias)
+
+    # Blocks of S, the last one filled up with what no query comes to see.
+    missing = -window_keys.shape[2] % size
+    keys, values = (F.pad(x, (0, 0, 0, missing)).unflatten(2, (-1, size)) for x in (window_keys, window["values"]))
+    mask = F.pad(window["real"], (0, missing)).unflatten(1, (-1, size))
+    leaving = max(0, own - layout.window_blocks - first)
+    slots = None
+    if leaving > 0:
+        blocks = keys[:, :, :leaving], values[:, :, :leaving], mask[:, :leaving]
+        if max_cache_size is None:
+            state["cache"] = extend_cache(state["cache"], *blocks, first)
+        else:
+            capacity = max_cache_size // size
+            state["cache"] = add_block(
+                state["cache"], *blocks, first, own_block=own, capacity=capacity, eviction=eviction
+            )
+    cache = state["cache"]
+    levels = _levels(state["cells"], cache if max_cache_size is not None else None, layout, groups)
+    if max_cache_size is not None:
+        slots = available_blocks(cache, state["cells"][0]["log_mass"].shape[1]).repeat_interleave(groups, dim=0)
+
+    def hidden(x: Tensor) -> Tensor | None:
+        return ~x.repeat_interleave(groups, dim=0) if state["padded"] else None
+
+    sources = Sources(
+        state["sinks"]["keys"].flatten(0, 1),
+        state["sinks"]["values"].flatten(0, 1),
+        hidden(state["sinks"]["real"]),
+        keys.flatten(0, 1).contiguous(),
+        values.flatten(0, 1).contiguous(),
+        hidden(mask),
+        first,
+        cache["keys"].to(k.dtype).flatten(0, 1),
+        cache["values"].to(v.dtype).flatten(0, 1),
+        hidden(cache["real"]),
+        slots,
+        levels,
+    )
+    query = apply_rotary(q, positions, rope_base).mul(width**-0.5).unflatten(1, (groups, -1)).flatten(0, 1)
+    attended = sparse_attention(query, sources, layout, start=start, dropout_p=dropout_p)
+    if max_cache_size is not None:
+        state["cache"] = record_selection(cache, attended.blocks.unflatten(0, (batch, groups)), own, eviction)
+    # The next query still has this block, or one after it, in its window.
+    state["window"] = {
+        name: x[..., leaving * size :, :] if x.dim() == 4 else x[:, leaving * size :] for name, x in window.items()
+    }
+    return attended.output.unflatten(0, (batch, groups)).flatten(1, 2), state
+
+
+def _append(tokens: State, keys: Tensor, values: Tensor, real: Tensor) -> State:
+    """Return tokens followed by others, in the dtype of the latter."""
+    return {
+        "keys": torch.cat([tokens["keys"].to(keys.dtype), keys], dim=2),
+        "values": torch.cat([tokens["values"].to(values.dtype), values], dim=2),
+        "real": torch.cat([tokens["real"], real], dim=1),
+    }
+
+
+def _grow(
+    state: State,
+    window_keys: Tensor,
+    first: int,
+    layout: Layout,
+    rope_base: float | None,
+    error_tolerance: float,
+    selection_bias: Callable[[Tensor], Tensor] | None,
+) -> list[State]:
+    """Return the cells, those that have become complete included.
+
+    Args:
+        state: The state, its window holding all tokens from block ``first`` on.
+        window_keys: The keys of the window, rotated.
+        first: Index of the first block in the window.
+        layout: Where cells lie.
+        rope_base: Base of the rotary embedding.
+        error_tolerance: As in ``stream_chunk``.
+        selection_bias: As in ``stream_chunk``.
+    """
+    levels: list[State] = list(state["cells"])
+    done = levels[0]["log_mass"].shape[1]
+    total = max(0, state["position"] - layout.num_sinks) // layout.block_size
+    if total == done:
+        return levels
+    tokens = slice((done - first) * layout.block_size, (total - first) * layout.block_size)
+    window = state["window"]
+    new = block_cells(
+        window["keys"][:, :, tokens],
+        window_keys[:, :, tokens],
+        window["values"][:, :, tokens],
+        window["real"][:, tokens] if state["padded"] else None,
+        first=done,
+        layout=layout,
+        rope_base=rope_base,
+        error_tolerance=error_tolerance,
+        selection_bias=selection_bias,
+    )
+    for level in range(layout.tree_levels):
+        cells = _append_cells(levels[level], new)
+        above = levels[level + 1]["log_mass"].shape[1] if level + 1 < layout.tree_levels else 0
+        count, means = cells["log_mass"].shape[1], cells["means"]
+        parents = count // layout.tree_factor
+        # Means are only kept of cells that wait for their siblings.
+        waiting = count - parents * layout.tree_factor if level + 1 < layout.tree_levels else 0
+        cells["means"] = means[:, :, means.shape[2] - waiting :].clone()
+        levels[level] = cells
+        if level + 1 == layout.tree_levels or parents == above:
+            break
+        children = slice(above * layout.tree_factor, parents * layout.tree_factor)
+        new = parent_cells(
+            Cells(
+                means[:, :, : children.stop - children.start],
+                cells["keys"][:, :, children],
+                cells["values"][:, :, children],
+                cells["log_mass"][:, children],
+                cells["upper"][:, :, children],
+                cells["lower"][:, :, children],
+                None if cells["bias"] is None else cells["bias"][:, :, children],
+                cells["expandable"][:, :, children],
+            ),
+            first=above,
+            level=level + 1,
+            layout=layout,
+            rope_base=rope_base,
+        )
+    return levels
+
+
+def _append_cells(cells: State, new: Cells) -> State:
+    """Return cells followed by others, in the dtype of the latter."""
+    batch, groups, count = new.keys.shape[:3]
+    expandable = torch.ones(1, 1, 1, dtype=torch.bool, device=new.keys.device)
+    if new.expandable is not None:
+        expandable = new.expandable
+    appended: State = {
+        name: torch.cat([cells[name].to(x.dtype), x], dim=2)
+        for name, x in new._asdict().items()
+        if name in ("means", "keys", "values", "upper", "lower")
+    }
+    log_mass = new.log_mass.expand(batch, -1)
+    appended["log_mass"] = torch.cat([cells["log_mass"].to(log_mass.dtype), log_mass], dim=1)
+    appended["expandable"] = torch.cat([cells["expandable"], expandable.expand(batch, groups, count)], dim=2)
+    bias: Any = new.bias
+    if bias is not None and cells["bias"] is not None:
+        bias = torch.cat([cells["bias"].to(bias.dtype), bias], dim=2)
+    appended["bias"] = bias
+    return appended
+
+
+def _levels(cells: list[State], cache: State | None, layout: Layout, groups: int) -> tuple[Level, ...]:
+    """Lay cells out by rows; with a cache, blocks outside of it may not be expanded."""
+    levels = []
+    expandable = cells[0]["expandable"]
+    if cache is not None:
+        expandable = expandable & (available_blocks(cache, expandable.shape[2]) >= 0).unsqueeze(1)
+    for level, fields in enumerate(cells):
+        if level > 0 and cache is not None:
+            # Cells that are not complete are not visible.
+            count = fields["log_mass"].shape[1] * layout.tree_factor
+            expandable = expandable[:, :, :count].unflatten(2, (-1, layout.tree_factor)).any(dim=-1)
+        elif level > 0:
+            expandable = fields["expandable"]
+        # Means are only needed to grow.
+        known = Cells(**{**fields, "means": fields["keys"], "expandable": expandable})
+        multiple = layout.tree_factor if level + 1 < layout.tree_levels else 1
+        levels.append(level_of(known, groups, multiple, causal=True))
+    return tuple(levels)
