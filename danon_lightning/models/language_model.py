@@ -3,11 +3,10 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
-import torch
 import torch.nn.functional as F
-from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRScheduler
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -20,10 +19,9 @@ from danon_lightning.attention import (
     MSRAModel,
 )
 from danon_lightning.models.metrics import BitsPerByte
-from danon_lightning.models.optimization import OptimizerConfig, build_optimizer, warmup_cosine
+from danon_lightning.models.optimization import OptimizerConfig, optimizer_with_schedule
+from danon_lightning.models.settings import build_config
 from danon_lightning.models.text import TextGeneration
-
-_Config = TypeVar("_Config")
 
 
 class LanguageModel(TextGeneration):
@@ -53,8 +51,8 @@ class LanguageModel(TextGeneration):
     ) -> None:
         """See the class."""
         super().__init__()
-        self.config = _build(self.config_class, config, "config")
-        self.optimizer_config = _build(OptimizerConfig, optimizer, "optimizer")
+        self.config = build_config(self.config_class, config, "config")
+        self.optimizer_config = build_config(OptimizerConfig, optimizer, "optimizer")
         if not self.config.causal:
             raise ValueError("causal=False cannot be trained to predict the next symbol, which it would see")
         # Plain values only, so that checkpoints load with weights_only=True.
@@ -93,12 +91,7 @@ class LanguageModel(TextGeneration):
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The chosen optimizer, warm-up and cosine over the steps of the run."""
-        optimizer = build_optimizer(self, self.optimizer_config)
-        factor = warmup_cosine(self.optimizer_config, self.trainer.estimated_stepping_batches)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        # The name puts it beside the loss in the logs: TensorBoard opens with only the first groups of tags unfolded.
-        schedule: LRSchedulerConfigType = {"scheduler": scheduler, "interval": "step", "name": "train/learning_rate"}
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
+        return optimizer_with_schedule(self, self.optimizer_config, self.trainer.estimated_stepping_batches)
 
 
 class MSRALightning(LanguageModel):
@@ -113,17 +106,3 @@ class FullAttentionLightning(LanguageModel):
 
     model_class = FullAttentionModel
     config_class = FullAttentionConfig
-
-
-def _build(cls: type[_Config], given: Any, argument: str) -> _Config:
-    """Make a config of ``given``: one already, a mapping of its fields, or None for the defaults."""
-    if isinstance(given, cls):
-        return given
-    if given is None:
-        return cls()
-    if not isinstance(given, Mapping):
-        raise TypeError(f"{argument} must be a {cls.__name__} or a mapping of its fields, got {type(given).__name__}")
-    valid = list(getattr(cls, "__dataclass_fields__", {}))
-    if unknown := sorted(set(given) - set(valid)):
-        raise ValueError(f"{argument} has unknown fields {unknown}; {cls.__name__} has: {', '.join(valid)}")
-    return cls(**given)
