@@ -21,6 +21,7 @@ def build(variant: str, **settings) -> LanguageModel:
     config_class = get_variant(variant).config_class
     known = {field.name for field in fields(config_class)}
     config = {**SMALL, **{name: value for name, value in BLOCKS.items() if name in known}, **settings}
+    torch.manual_seed(0)
     cls = type("Model", (LanguageModel,), {"model_class": AttentionModel, "config_class": config_class})
     return scrambled(cls(config))
 
