@@ -180,7 +180,7 @@ def test_the_ratio_stays_without_adaptation_and_in_evaluation():
 def test_the_cache_remembers_inputs():
     compression, x = scramble(fixed(cache_size=2)).eval(), tokens(1, 20, 8)
     with torch.no_grad():
-        first = compression.compress(x)
+        first = CompressedSequence(*(tensor.clone() for tensor in compression.compress(x)[:2]))
         again = compression.compress(x.clone())
         assert compression.cache.stats()[:2] == (1, 1)
         torch.testing.assert_close(again.cells, first.cells, rtol=0, atol=0)
@@ -362,6 +362,8 @@ def test_invalid_inputs_are_named():
         compression.decompress(x, (2, 5, 8))
     with pytest.raises(ValueError, match=r"level=2 must lie in \[-2, 1\]"):
         hierarchy.decompress(hierarchy.compress(x), x.shape, 2)
+    with pytest.raises(ValueError, match=r"shape=\(2, 21, 8\) does not fit cells of shape .* of 20 tokens"):
+        hierarchy.decompress(hierarchy.compress(x), (2, 21, 8))
     with pytest.raises(ValueError, match="num_levels=0 must be an integer of at least 1"):
         HierarchicalCompression(8, 0)
     with pytest.raises(ValueError, match="length=0"):

@@ -73,8 +73,9 @@ def test_nothing_is_lost_where_nothing_is_cut(variant):
 
 
 @pytest.mark.parametrize("variant", available_variants())
-def test_gradients_end_at_the_borders_of_chunks(variant):
-    batch, module = tokens(), build(variant, 13)
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_gradients_end_at_the_borders_of_chunks(variant, gradient_checkpointing):
+    batch, module = tokens(), build(variant, 13, gradient_checkpointing=gradient_checkpointing)
     # By definition: the state as a number, one chunk after the other.
     expected = gradients_of(module, sum(module.chunk_losses(batch, 13, detach=True)))
     ours = gradients_of(module, module.loss(batch))
