@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from danon_lightning.attention.components import CompressedSequence, DynamicCompression, HierarchicalCompression
-from danon_lightning.attention.components.compression import quantize_rows
+from danon_lightning.attention.components.cells import quantize_rows
 
 
 def tokens(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -169,6 +169,13 @@ def test_the_ratio_follows_the_energy():
     kept = DynamicCompression(8, **settings).double()
     kept.load_state_dict(compression.state_dict())
     assert kept.num_cells(256) == compression.num_cells(256)
+
+
+@pytest.mark.parametrize(("alpha", "x"), [(100.0, tokens(1, 256, 8)), (0.01, smooth(256))])
+def test_the_first_step_from_a_limit_takes_effect(alpha, x):
+    compression = DynamicCompression(8, alpha=alpha).double()
+    lengths = [compression.compress(x).shape[1] for _ in range(2)]
+    assert lengths[0] == {100.0: 26, 0.01: 231}[alpha] and lengths[1] != lengths[0]
 
 
 def test_the_ratio_stays_without_adaptation_and_in_evaluation():

@@ -6,12 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from danon_lightning.attention.components.compression import (
-    CompressedSequence,
-    CompressionStats,
-    DynamicCompression,
-    energy_retained,
-)
+from danon_lightning.attention.components.cells import CompressedSequence, CompressionStats, energy_retained
+from danon_lightning.attention.components.compression import DynamicCompression
 
 __all__ = ["HierarchicalCompression"]
 
