@@ -68,6 +68,7 @@ PUBLIC = {
         "LanguageModel",
         "MSRALightning",
         "OptimizerConfig",
+        "SequenceClassifier",
     ],
     "danon_lightning.optim": ["OneBitAdam"],
     "danon_lightning.strategies": [

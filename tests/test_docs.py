@@ -57,6 +57,14 @@ def test_the_example_of_a_variant_is_causal_and_streams_like_its_parallel_form(m
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-5)
 
 
+def test_the_examples_of_text_and_of_parts_run():
+    names = run_block("attention.md", "generate_texts")
+    assert [text[:11] for text in names["texts"]][1] == "class Model" and len(names["first"]) == 1
+    names = run_block("attention.md", "DynamicCompression(", {"hidden": torch.randn(2, 50, 256)})
+    assert names["restored"].shape == (2, 50, 256)
+    assert names["cells"].shape == (2, round(50 * names["stats"].ratio), 256)
+
+
 # ---- a compressor of one's own
 
 

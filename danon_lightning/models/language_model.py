@@ -1,13 +1,13 @@
 """LightningModules that train an attention model to predict the next byte."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRScheduler
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -18,12 +18,13 @@ from danon_lightning.attention import (
     FullAttentionModel,
     MSRAConfig,
     MSRAModel,
+    detach_state,
 )
 from danon_lightning.models.metrics import BitsPerByte
-from danon_lightning.models.optimization import OptimizerConfig, build_optimizer, warmup_cosine
+from danon_lightning.models.optimization import OptimizerConfig, optimizer_with_schedule
+from danon_lightning.models.settings import build_config
 from danon_lightning.models.text import TextGeneration
-
-_Config = TypeVar("_Config")
+from danon_lightning.models.truncation import sum_with_gradients
 
 
 class LanguageModel(TextGeneration):
@@ -38,9 +39,19 @@ class LanguageModel(TextGeneration):
     Args:
         config: The model's config, or its fields as a mapping.
         optimizer: How it is optimized, or its fields as a mapping.
+        chunk_length: If given, batches are worked on in chunks of so many symbols, through the streaming form, and
+            gradients are truncated at their borders: backpropagation through time for long documents. The loss stays
+            the same, since a chunk sees through the state what the parallel form would let it see; but it sends no
+            gradient there. Activations are held for one chunk at a time, beside the state and one copy of all
+            gradients (``models/truncation.py`` says how, and why not to use it with float16).
+            Models that stream without end take batches longer than ``max_sequence_length``.
 
     Raises:
         ValueError: If a field is unknown or out of range, or the model is not causal.
+
+    Reference:
+        Williams and Peng, "An Efficient Gradient-Based Algorithm for On-Line Training of Recurrent Network
+        Trajectories", Neural Computation 2, 1990.
     """
 
     model_class: ClassVar[type[AttentionModel]]
@@ -50,15 +61,27 @@ class LanguageModel(TextGeneration):
         self,
         config: AttentionConfig | Mapping[str, Any] | None = None,
         optimizer: OptimizerConfig | Mapping[str, Any] | None = None,
+        chunk_length: int | None = None,
     ) -> None:
         """See the class."""
         super().__init__()
-        self.config = _build(self.config_class, config, "config")
-        self.optimizer_config = _build(OptimizerConfig, optimizer, "optimizer")
+        self.config = build_config(self.config_class, config, "config")
+        self.optimizer_config = build_config(OptimizerConfig, optimizer, "optimizer")
         if not self.config.causal:
             raise ValueError("causal=False cannot be trained to predict the next symbol, which it would see")
+        if chunk_length is not None and (not isinstance(chunk_length, int) or chunk_length < 1):
+            raise ValueError(
+                f"chunk_length={chunk_length!r} must be an integer of at least 1, or None for whole batches"
+            )
+        self.chunk_length = chunk_length
         # Plain values only, so that checkpoints load with weights_only=True.
-        self.save_hyperparameters({"config": asdict(self.config), "optimizer": asdict(self.optimizer_config)})
+        self.save_hyperparameters(
+            {
+                "config": asdict(self.config),
+                "optimizer": asdict(self.optimizer_config),
+                "chunk_length": chunk_length,
+            }
+        )
         self.model = self.model_class(self.config)
         self.head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
         nn.init.normal_(self.head.weight, std=self.config.initializer_range)
@@ -72,7 +95,28 @@ class LanguageModel(TextGeneration):
 
     def loss(self, tokens: Tensor) -> Tensor:
         """Mean cross-entropy in nats of ``tokens [b, n + 1]``, a scalar."""
-        return F.cross_entropy(self(tokens[:, :-1]).flatten(0, 1).float(), tokens[:, 1:].flatten())
+        if self.chunk_length is not None:
+            return sum_with_gradients(self.chunk_losses(tokens, self.chunk_length), self.parameters())
+        return _cross_entropy(self(tokens[:, :-1]), tokens[:, 1:], "mean")
+
+    def chunk_losses(self, tokens: Tensor, chunk_length: int, *, detach: bool = True) -> Iterator[Tensor]:
+        """The loss in parts, each made when it is asked for.
+
+        Args:
+            tokens: Long ``[b, n + 1]``.
+            chunk_length: Symbols of the input in a chunk; the last one may have fewer.
+            detach: Whether gradients end at the borders of chunks. Otherwise the sum of the parts has the gradients of
+                the parallel form.
+
+        Returns:
+            Scalars in nats that add up to the mean cross-entropy over all symbols.
+        """
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        state = self.model.init_state(len(tokens))
+        for chunk, wanted in zip(inputs.split(chunk_length, 1), targets.split(chunk_length, 1), strict=True):
+            output = self.model(chunk, state=state)
+            state = detach_state(output.state) if detach else output.state
+            yield _cross_entropy(self.head(output.last_hidden_state), wanted, "sum") / targets.numel()
 
     @override
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
@@ -93,12 +137,7 @@ class LanguageModel(TextGeneration):
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The chosen optimizer, warm-up and cosine over the steps of the run."""
-        optimizer = build_optimizer(self, self.optimizer_config)
-        factor = warmup_cosine(self.optimizer_config, self.trainer.estimated_stepping_batches)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        # The name puts it beside the loss in the logs: TensorBoard opens with only the first groups of tags unfolded.
-        schedule: LRSchedulerConfigType = {"scheduler": scheduler, "interval": "step", "name": "train/learning_rate"}
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
+        return optimizer_with_schedule(self, self.optimizer_config, self.trainer.estimated_stepping_batches)
 
 
 class MSRALightning(LanguageModel):
@@ -115,15 +154,7 @@ class FullAttentionLightning(LanguageModel):
     config_class = FullAttentionConfig
 
 
-def _build(cls: type[_Config], given: Any, argument: str) -> _Config:
-    """Make a config of ``given``: one already, a mapping of its fields, or None for the defaults."""
-    if isinstance(given, cls):
-        return given
-    if given is None:
-        return cls()
-    if not isinstance(given, Mapping):
-        raise TypeError(f"{argument} must be a {cls.__name__} or a mapping of its fields, got {type(given).__name__}")
-    valid = list(getattr(cls, "__dataclass_fields__", {}))
-    if unknown := sorted(set(given) - set(valid)):
-        raise ValueError(f"{argument} has unknown fields {unknown}; {cls.__name__} has: {', '.join(valid)}")
-    return cls(**given)
+def _cross_entropy(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
+    """In nats, of logits ``[b, n, vocabulary]`` and targets ``[b, n]``; in float32 at least."""
+    wide = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(wide, targets.flatten(), reduction=reduction)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRScheduler
 from torch import nn
 
 from danon_lightning.optim import OneBitAdam
@@ -104,3 +105,18 @@ def warmup_cosine(config: OptimizerConfig, total_steps: float) -> Callable[[int]
         return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress))
 
     return factor
+
+
+def optimizer_with_schedule(module: nn.Module, config: OptimizerConfig, total_steps: float) -> OptimizerLRScheduler:
+    """What ``configure_optimizers`` of a LightningModule returns: the optimizer, warm-up and cosine over the run.
+
+    Args:
+        module: Whose parameters are optimized.
+        config: How.
+        total_steps: Optimizer steps of the whole run, ``trainer.estimated_stepping_batches``.
+    """
+    optimizer = build_optimizer(module, config)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(config, total_steps))
+    # The name puts it beside the loss in the logs: TensorBoard opens with only the first groups of tags unfolded.
+    schedule: LRSchedulerConfigType = {"scheduler": scheduler, "interval": "step", "name": "train/learning_rate"}
+    return {"optimizer": optimizer, "lr_scheduler": schedule}

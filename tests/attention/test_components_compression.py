@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from danon_lightning.attention.components import CompressedSequence, DynamicCompression, HierarchicalCompression
-from danon_lightning.attention.components.compression import quantize_rows
+from danon_lightning.attention.components.cells import quantize_rows
 
 
 def tokens(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -171,6 +171,13 @@ def test_the_ratio_follows_the_energy():
     assert kept.num_cells(256) == compression.num_cells(256)
 
 
+@pytest.mark.parametrize(("alpha", "x"), [(100.0, tokens(1, 256, 8)), (0.01, smooth(256))])
+def test_the_first_step_from_a_limit_takes_effect(alpha, x):
+    compression = DynamicCompression(8, alpha=alpha).double()
+    lengths = [compression.compress(x).shape[1] for _ in range(2)]
+    assert lengths[0] == {100.0: 26, 0.01: 231}[alpha] and lengths[1] != lengths[0]
+
+
 def test_the_ratio_stays_without_adaptation_and_in_evaluation():
     for compression in (DynamicCompression(8).eval(), DynamicCompression(8, enable_adaptive_compression=False)):
         for _ in range(3):
@@ -180,7 +187,7 @@ def test_the_ratio_stays_without_adaptation_and_in_evaluation():
 def test_the_cache_remembers_inputs():
     compression, x = scramble(fixed(cache_size=2)).eval(), tokens(1, 20, 8)
     with torch.no_grad():
-        first = compression.compress(x)
+        first = CompressedSequence(*(tensor.clone() for tensor in compression.compress(x)[:2]))
         again = compression.compress(x.clone())
         assert compression.cache.stats()[:2] == (1, 1)
         torch.testing.assert_close(again.cells, first.cells, rtol=0, atol=0)
@@ -362,6 +369,8 @@ def test_invalid_inputs_are_named():
         compression.decompress(x, (2, 5, 8))
     with pytest.raises(ValueError, match=r"level=2 must lie in \[-2, 1\]"):
         hierarchy.decompress(hierarchy.compress(x), x.shape, 2)
+    with pytest.raises(ValueError, match=r"shape=\(2, 21, 8\) does not fit cells of shape .* of 20 tokens"):
+        hierarchy.decompress(hierarchy.compress(x), (2, 21, 8))
     with pytest.raises(ValueError, match="num_levels=0 must be an integer of at least 1"):
         HierarchicalCompression(8, 0)
     with pytest.raises(ValueError, match="length=0"):

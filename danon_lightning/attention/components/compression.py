@@ -7,60 +7,26 @@ does not give back.
 
 import hashlib
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from danon_lightning.attention.components.cache import AttentionCache
+from danon_lightning.attention.components.cells import (
+    CompressedSequence,
+    CompressionStats,
+    energy_retained,
+    even_assignment,
+    quantize_rows,
+    set_apart,
+    tendency_of,
+)
 
-__all__ = ["CompressedSequence", "CompressionStats", "DynamicCompression"]
+__all__ = ["DynamicCompression"]
 
 # The adaptive factor c moves in steps of 2^(1/4): four of them double it.
 STEPS_PER_DOUBLING = 4
-
-
-class CompressedSequence(NamedTuple):
-    """Cells, and which tokens they stand for.
-
-    Attributes:
-        cells: ``[b, L', D]``, in the order of the mean positions of their tokens; int8 where ``scales`` are given.
-        assignment: The cell of each token ``[b, L]``, int64.
-        scales: What the rows of int8 cells are to be multiplied with ``[b, L', 1]``.
-    """
-
-    cells: Tensor
-    assignment: Tensor
-    scales: Tensor | None = None
-
-    @property
-    def shape(self) -> torch.Size:
-        """Shape of the cells."""
-        return self.cells.shape
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of cells and scales; the assignment is not counted, since even division needs none."""
-        return self.cells.nbytes + (0 if self.scales is None else self.scales.nbytes)
-
-    def dequantized(self) -> Tensor:
-        """Return the cells in floating point ``[b, L', D]``."""
-        return self.cells if self.scales is None else self.cells * self.scales
-
-
-class CompressionStats(NamedTuple):
-    """What a compression kept, measured.
-
-    Attributes:
-        ratio: Number of cells over number of tokens.
-        energy_retained: 1 − ‖x − x̂‖² / ‖x‖², where x̂ is the expanded sequence.
-        bytes_ratio: Bytes of the cells over bytes of the tokens.
-    """
-
-    ratio: float
-    energy_retained: float
-    bytes_ratio: float
 
 
 class DynamicCompression(nn.Module):
@@ -265,7 +231,7 @@ class DynamicCompression(nn.Module):
 
     def expand(self, cells: Tensor, assignment: Tensor) -> Tensor:
         """Return tokens ``[b, L, D]`` of floating-point cells ``[b, L', D]``, given the assignment ``[b, L]``."""
-        tendency, distance = _tendency(cells, assignment)
+        tendency, distance = tendency_of(cells, assignment)
         repeated = F.linear(cells, self.token_map.to(cells.dtype))
         inclined = F.linear(tendency, self.tendency_map.to(cells.dtype))
         index = assignment.unsqueeze(-1).expand(-1, -1, self.dim)
@@ -278,7 +244,7 @@ class DynamicCompression(nn.Module):
         it is small, and the map would hardly learn with the same step.
         """
         cells, assignment = self.pool(x)
-        tendency, distance = _tendency(cells.to(torch.promote_types(x.dtype, torch.float32)), assignment)
+        tendency, distance = tendency_of(cells.to(torch.promote_types(x.dtype, torch.float32)), assignment)
         energy = (distance.square() * tendency.square().sum(dim=-1).gather(1, assignment)).sum()
         share = energy / x.to(energy.dtype).square().sum().clamp_min(torch.finfo(energy.dtype).tiny)
         return max(float(share), torch.finfo(energy.dtype).eps)
@@ -288,7 +254,7 @@ class DynamicCompression(nn.Module):
         num_cells = self.num_cells(x.shape[1])
         assignment = even_assignment(x.shape[1], num_cells, x.device).expand(x.shape[0], -1)
         if self.importance_threshold is not None:
-            assignment = self._set_apart(x, assignment, num_cells)
+            assignment = set_apart(x, assignment, num_cells, self.importance_threshold)
         dtype = torch.promote_types(x.dtype, torch.float32)
         wide = x.to(dtype)
         # Of unit length, so that the curvature in u does not depend on the scale of the data.
@@ -301,26 +267,6 @@ class DynamicCompression(nn.Module):
         index = assignment.unsqueeze(-1).expand_as(weighted)
         cells = weighted.new_zeros(x.shape[0], num_cells, x.shape[2]).scatter_add(1, index, weighted)
         return cells.to(x.dtype), assignment
-
-    @torch.no_grad()
-    def _set_apart(self, x: Tensor, assignment: Tensor, num_cells: int) -> Tensor:
-        """Return an assignment in which important tokens have cells of their own and the rest is divided evenly."""
-        assert self.importance_threshold is not None
-        batch, length, _ = x.shape
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        index = assignment.unsqueeze(-1).expand_as(wide)
-        zeros = wide.new_zeros(batch, num_cells, x.shape[2])
-        means = zeros.scatter_reduce(1, index, wide, "mean", include_self=False).gather(1, index)
-        usual = wide.square().sum(dim=-1).mean(dim=1, keepdim=True).sqrt()
-        importance = (wide - means).norm(dim=-1) / usual.clamp_min(torch.finfo(usual.dtype).tiny)
-        rank = importance.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        alone = (importance > self.importance_threshold) & (rank < num_cells // 2)
-        singles = alone.sum(dim=1, keepdim=True)
-        order_of_rest = (~alone).cumsum(dim=1) - 1
-        shared = order_of_rest * (num_cells - singles) // (length - singles).clamp_min(1)
-        cell = torch.where(alone, num_cells - singles + alone.cumsum(dim=1) - 1, shared)
-        # Number the cells by their middles, so that neighbours stay neighbours.
-        return _middles(cell, num_cells).argsort(dim=1, stable=True).argsort(dim=1).gather(1, cell)
 
     def _compress(self, x: Tensor) -> CompressedSequence:
         cells, assignment = self._pool(x)
@@ -347,17 +293,21 @@ class DynamicCompression(nn.Module):
 
     def _factor(self, length: int, steps: int) -> float:
         """Return c after ``steps`` steps of adaptation."""
-        wanted = self.alpha * math.log(length) * 2 ** (steps / STEPS_PER_DOUBLING)
-        return min(max(wanted, 1 / self.max_compression_ratio), 1 / self.min_compression_ratio)
+        least, largest = 1 / self.max_compression_ratio, 1 / self.min_compression_ratio
+        # Within the limits before the steps too, so that the first one takes effect.
+        start = min(max(self.alpha * math.log(length), least), largest)
+        return min(max(start * 2 ** (steps / STEPS_PER_DOUBLING), least), largest)
 
     @torch.no_grad()
     def _adapt(self, length: int, retained: Tensor) -> None:
         low, high = self.energy_band
-        before = int(self.ratio_steps)
-        after = before + int(retained > high) - int(retained < low)
-        # Beyond its limits c would not move, and the way back would be long.
-        if self._factor(length, after) != self._factor(length, before):
-            self.ratio_steps.fill_(after)
+        steps = int(self.ratio_steps)
+        factor = self._factor(length, steps)
+        # No steps beyond the limits of c: the way back would be long.
+        if retained < low and factor > 1 / self.max_compression_ratio:
+            self.ratio_steps.fill_(steps - 1)
+        elif retained > high and factor < 1 / self.min_compression_ratio:
+            self.ratio_steps.fill_(steps + 1)
 
     def _check(self, x: Tensor) -> None:
         if x.dim() != 3 or x.shape[-1] != self.dim or 0 in x.shape:
@@ -373,60 +323,3 @@ class DynamicCompression(nn.Module):
                 f"[batch, cells, dim], with at most as many cells as there are tokens in shape={tuple(shape)}"
             )
         return even_assignment(shape[1], cells.shape[1], cells.device).expand(cells.shape[0], -1)
-
-
-def even_assignment(length: int, num_cells: int, device: torch.device) -> Tensor:
-    """Return the cell ``[1, length]`` of each token if neighbours share cells whose sizes differ by one at most."""
-    return (torch.arange(length, device=device) * num_cells // length).unsqueeze(0)
-
-
-def _middles(assignment: Tensor, num_cells: int) -> Tensor:
-    """Return the mean position ``[b, L']`` of the tokens of each cell, given the assignment ``[b, L]``."""
-    batch, length = assignment.shape
-    position = torch.arange(length, device=assignment.device, dtype=torch.float32).expand(batch, -1)
-    start = position.new_zeros(batch, num_cells)
-    return start.scatter_reduce(1, assignment, position, "mean", include_self=False)
-
-
-def _tendency(cells: Tensor, assignment: Tensor) -> tuple[Tensor, Tensor]:
-    """Return how cells change with the position, and how far tokens are behind the middles of their cells.
-
-    Args:
-        cells: ``[b, L', D]``, floating point.
-        assignment: The cell of each token ``[b, L]``.
-
-    Returns:
-        The difference of the neighbours of each cell over the tokens between their middles ``[b, L', D]``, and the
-        distance of each token ``[b, L]``, float32; the distances in a cell add up to zero.
-    """
-    middles = _middles(assignment, cells.shape[1])
-    # A cell at an end is its own neighbour there. Cells around one that is set apart may have the same middle.
-    outer = torch.cat([middles[:, :1], middles, middles[:, -1:]], dim=1)
-    spacing = (outer[:, 2:] - outer[:, :-2]).clamp_min(1.0)
-    padded = F.pad(cells, (0, 0, 1, 1), mode="replicate")
-    position = torch.arange(assignment.shape[1], device=assignment.device, dtype=middles.dtype)
-    distance = position - middles.gather(1, assignment)
-    return (padded[:, 2:] - padded[:, :-2]) / spacing.unsqueeze(-1).to(cells.dtype), distance
-
-
-def energy_retained(x: Tensor, other: Tensor) -> Tensor:
-    """Return 1 − ‖x − other‖² / ‖x‖², a scalar in float32 or float64; 1 if both are zero."""
-    x, other = (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in (x, other))
-    return 1 - (x - other).square().sum() / x.square().sum().clamp_min(torch.finfo(x.dtype).tiny)
-
-
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Round to int8, with a scale for each row.
-
-    Args:
-        x: ``[..., D]``, floating point.
-
-    Returns:
-        Integers ``[..., D]``, int8 in [-127, 127], and the scales ``[..., 1]`` in the dtype of ``x``.
-    """
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    largest = wide.abs().amax(dim=-1, keepdim=True)
-    # Rounded to the dtype it is kept in first, so that quantizing and restoring use the same number.
-    scales = (largest / 127).to(x.dtype)
-    steps = wide / scales.to(wide.dtype).clamp_min(torch.finfo(wide.dtype).tiny)
-    return steps.round().clamp(-127, 127).to(torch.int8), scales

@@ -6,12 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from danon_lightning.attention.components.compression import (
-    CompressedSequence,
-    CompressionStats,
-    DynamicCompression,
-    energy_retained,
-)
+from danon_lightning.attention.components.cells import CompressedSequence, CompressionStats, energy_retained
+from danon_lightning.attention.components.compression import DynamicCompression
 
 __all__ = ["HierarchicalCompression"]
 
@@ -90,12 +86,12 @@ class HierarchicalCompression(nn.Module):
         if not -available <= level < available:
             raise ValueError(f"level={level} must lie in [{-available}, {available - 1}]: the cells have these levels")
         level %= available
-        levels = list(zip(self._levels(), compressed, strict=False))[: level + 1]
-        cells = levels[-1][1].dequantized()
-        for index, (module, made) in reversed(list(enumerate(levels))):
-            length = levels[index - 1][1].shape[1] if index else shape[1]
-            here = CompressedSequence(cells, made.assignment)
-            cells = module.decompress(here, (shape[0], length, shape[2]))
+        cells = compressed[level].dequantized()
+        for index in range(level, -1, -1):
+            assignment = compressed[index].assignment
+            length = assignment.shape[1] if index else shape[1]
+            here = CompressedSequence(cells, assignment)
+            cells = self._levels()[index].decompress(here, (shape[0], length, shape[2]))
         return cells
 
     def forward(self, x: Tensor) -> Tensor:
