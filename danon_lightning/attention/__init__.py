@@ -14,6 +14,7 @@ from danon_lightning.attention.infinite import InfiniteAttentionConfig, Infinite
 from danon_lightning.attention.model import AttentionModel, AttentionModelOutput
 from danon_lightning.attention.msra import MSRAConfig, MSRAModel
 from danon_lightning.attention.registry import available_variants, get_variant, register_variant
+from danon_lightning.attention.ucsa import UCSAConfig, UCSAModel, UCSAOutput
 
 __all__ = [
     "AttentionConfig",
@@ -33,6 +34,9 @@ __all__ = [
     "SuperHybridConfig",
     "SuperHybridModel",
     "SuperHybridOutput",
+    "UCSAConfig",
+    "UCSAModel",
+    "UCSAOutput",
     "available_variants",
     "detach_state",
     "get_variant",

@@ -39,6 +39,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:num_levels is fixed")
         ("dala", {"use_recursive_state": False}),
         ("dala", {"use_sparse_attention": False, "use_recursive_state": False}),
         ("dala", {"use_adaptive_router": False}),
+        ("ucsa", {}),
+        ("ucsa", {"num_kv_heads": 2, "gradient_checkpointing": True, "error_compensation": 0.5}),
+        ("super_hybrid", {"num_kv_heads": 2}),
         ("infinite", {}),
         ("infinite", {"memory_size": 5, "num_kv_heads": 2, "gradient_checkpointing": True}),
         ("infinite", {"sliding_window": 8}),
@@ -274,7 +277,11 @@ def test_initial_values_also_after_the_meta_device(fusion):
         assert torch.count_nonzero(core.level_bias.weight) == 0
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+# How much work selected blocks make depends on the values: compilers leave that part out, and exporters cannot.
+WHOLE_GRAPHS = [variant for variant in VARIANTS if variant not in ("ucsa", "super_hybrid")]
+
+
+@pytest.mark.parametrize("variant", WHOLE_GRAPHS)
 def test_export_keeps_the_results(variant):
     model = scramble(build(variant, num_layers=1)).eval()
     program = torch.export.export(model, (torch.randint(0, 11, (2, 40)),), kwargs={"return_dict": False})
@@ -285,9 +292,9 @@ def test_export_keeps_the_results(variant):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_compiled_gradients_are_the_same(variant):
-    model, ids = scramble(build(variant, num_layers=1).double()), torch.randint(0, 11, (2, 13))
-    results = []
-    for forward in (model, torch.compile(model, backend="aot_eager_decomp_partition", fullgraph=True)):
+    model, ids = scramble(build(variant, num_layers=1).double()), torch.randint(0, 11, (2, 40))
+    results, whole = [], variant in WHOLE_GRAPHS
+    for forward in (model, torch.compile(model, backend="aot_eager_decomp_partition", fullgraph=whole)):
         model.zero_grad()
         forward(ids).last_hidden_state.sin().sum().backward()
         results.append([parameter.grad for parameter in model.parameters()])

@@ -21,6 +21,7 @@ MORE = {
     "msra, 2 levels": ("msra", {"num_levels": 2}),
     "dala, state in threes": ("dala", {"state_update_frequency": 3}),
     "dala, state alone": ("dala", {"use_sparse_attention": False, "use_adaptive_router": False}),
+    "ucsa, flat": ("ucsa", {"num_levels": 1, "error_compensation": 0.5, "error_tolerance": 0.3}),
     "infinite, narrow": ("infinite", {"memory_size": 3, "sliding_window": 8}),
 }
 CASES = {**{variant: (variant, {}) for variant in VARIANTS}, **MORE}

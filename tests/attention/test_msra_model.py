@@ -83,7 +83,7 @@ def test_efficiency_of_every_variant(variant):
     model = build(variant, hidden_size=32, max_sequence_length=2048)
     few, many = (measure_efficiency(model, torch.randint(0, 11, (1, length))) for length in (128, 1024))
     if variant != "full":
-        assert many.computation_savings > few.computation_savings and many.computation_savings > 0.5
+        assert many.computation_savings > few.computation_savings and many.computation_savings > 0.4
         assert many.memory_savings > few.memory_savings and many.information_retention < 0.9999
     assert not model.layers[0].core._forward_pre_hooks and model.training
 

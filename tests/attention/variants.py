@@ -10,14 +10,23 @@ SETTINGS = {
     "full": {},
     "msra": {"block_size": 4, "compression_factor": 2},
     "dala": {"block_size": 4, "memory_size": 6},
+    "ucsa": {
+        "block_size": 4,
+        "local_window_size": 4,
+        "global_tokens": 2,
+        "sparsity_factor": 0.15,
+        "tree_factor": 2,
+        "max_flat_blocks": 8,
+        "chunk_size": 8,
+    },
     "infinite": {"local_window": 8, "sliding_window": 16, "compression_ratio": 0.5, "chunk_size": 8},
 }
 SETTINGS["super_hybrid"] = {
-    "components": "msra+dala,infinite",
-    "settings": {name: SETTINGS[name] for name in ("msra", "dala", "infinite")},
+    "components": "msra+dala+ucsa,infinite",
+    "settings": {name: SETTINGS[name] for name in ("msra", "dala", "ucsa", "infinite")},
 }
 VARIANTS = list(SETTINGS)
-BIDIRECTIONAL = ["full", "msra"]
+BIDIRECTIONAL = ["full", "msra", "ucsa"]
 ENDLESS = ["dala", "infinite"]
 
 
