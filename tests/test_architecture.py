@@ -64,11 +64,15 @@ PUBLIC = {
     "danon_lightning.callbacks": ["PipelineTimeline", "RunSummary", "TextSampler", "draw_timeline"],
     "danon_lightning.models": [
         "BitsPerByte",
+        "DALALightning",
         "FullAttentionLightning",
+        "InfiniteLightning",
         "LanguageModel",
         "MSRALightning",
         "OptimizerConfig",
         "SequenceClassifier",
+        "SuperHybridLightning",
+        "UCSALightning",
     ],
     "danon_lightning.optim": ["OneBitAdam"],
     "danon_lightning.strategies": [

@@ -1,6 +1,7 @@
 """The danon-train command, as a user runs it: in processes of its own."""
 
 import csv
+import io
 import os
 import re
 import subprocess
@@ -9,6 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 import danon_lightning
@@ -262,6 +266,25 @@ def test_configs_may_only_name_classes_of_allowed_packages(target):
     config = {"a": {"_target_": "danon_lightning.models.MSRALightning"}, "b": [{"_target_": target}]}
     with pytest.raises(ValueError, match=rf"_target_={target} is not a class of.*DANON_ALLOWED_PACKAGES"):
         check_targets(config, ALLOWED_PACKAGES)
+
+
+@pytest.mark.parametrize("variant", ["msra", "dala", "ucsa", "infinite", "super_hybrid", "full"])
+def test_every_model_can_be_chosen(variant):
+    """Also with the settings of the experiment that goes with it."""
+    experiments = [variant + "_text"] if variant != "full" else []
+    for overrides in ([f"model={variant}"], *([f"experiment={name}"] for name in experiments)):
+        with initialize_config_dir(str(CONFIGS), version_base=None):
+            config = compose("train", overrides=["name=test", *overrides])
+        module = instantiate(config.model)
+        assert module.config == type(module)(OmegaConf.to_container(config.model.config, resolve=True)).config
+        assert module.model(torch.zeros(1, 40, dtype=torch.int64)).last_hidden_state.isfinite().all()
+        if overrides[0].startswith("experiment"):
+            assert module.config.hidden_size == 96 and module.config.max_sequence_length == 512
+        # Checkpoints hold plain values only.
+        file = io.BytesIO()
+        torch.save(dict(module.hparams), file)
+        file.seek(0)
+        assert torch.load(file, weights_only=True)["config"]["num_layers"] == module.config.num_layers
 
 
 def test_every_shipped_config_is_allowed_and_more_can_be():

@@ -84,7 +84,7 @@ class SequenceClassifier(pl.LightningModule):
     @override
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits ``[b, classes]`` of ``input_ids [b, n]``; those of a row without real tokens are of the bias alone."""
-        hidden = self.model(input_ids, attention_mask).last_hidden_state
+        hidden = self.model(input_ids, attention_mask, output_details=()).last_hidden_state
         if attention_mask is None:
             pooled = hidden.mean(dim=1)
         else:
@@ -101,6 +101,11 @@ class SequenceClassifier(pl.LightningModule):
         self.log("train/loss", loss, prog_bar=True, batch_size=len(labels))
         self.log("train/accuracy", accuracy, prog_bar=True, batch_size=len(labels))
         return loss
+
+    @override
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Move on what follows the course of training."""
+        self.model.finish_step(self.global_step)
 
     @override
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

@@ -11,15 +11,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from typing_extensions import override
 
-from danon_lightning.attention import (
-    AttentionConfig,
-    AttentionModel,
-    FullAttentionConfig,
-    FullAttentionModel,
-    MSRAConfig,
-    MSRAModel,
-    detach_state,
-)
+from danon_lightning.attention import AttentionConfig, AttentionModel, detach_state
 from danon_lightning.models.metrics import BitsPerByte
 from danon_lightning.models.optimization import OptimizerConfig, optimizer_with_schedule
 from danon_lightning.models.settings import build_config
@@ -90,7 +82,7 @@ class LanguageModel(TextGeneration):
     @override
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits ``[b, n, vocabulary]`` of the symbol after each of ``input_ids [b, n]``."""
-        logits: Tensor = self.head(self.model(input_ids, attention_mask).last_hidden_state)
+        logits: Tensor = self.head(self.model(input_ids, attention_mask, output_details=()).last_hidden_state)
         return logits
 
     def loss(self, tokens: Tensor) -> Tensor:
@@ -114,7 +106,7 @@ class LanguageModel(TextGeneration):
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         state = self.model.init_state(len(tokens))
         for chunk, wanted in zip(inputs.split(chunk_length, 1), targets.split(chunk_length, 1), strict=True):
-            output = self.model(chunk, state=state)
+            output = self.model(chunk, state=state, output_details=())
             state = detach_state(output.state) if detach else output.state
             yield _cross_entropy(self.head(output.last_hidden_state), wanted, "sum") / targets.numel()
 
@@ -125,6 +117,11 @@ class LanguageModel(TextGeneration):
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/bits_per_byte", loss.detach() / math.log(2), prog_bar=True)
         return loss
+
+    @override
+    def on_train_batch_end(self, outputs: Any, batch: Tensor, batch_idx: int) -> None:
+        """Move on what follows the course of training."""
+        self.model.finish_step(self.global_step)
 
     @override
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
@@ -138,20 +135,6 @@ class LanguageModel(TextGeneration):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The chosen optimizer, warm-up and cosine over the steps of the run."""
         return optimizer_with_schedule(self, self.optimizer_config, self.trainer.estimated_stepping_batches)
-
-
-class MSRALightning(LanguageModel):
-    """Language modelling with multi-scale recursive attention; ``config`` has the fields of :class:`MSRAConfig`."""
-
-    model_class = MSRAModel
-    config_class = MSRAConfig
-
-
-class FullAttentionLightning(LanguageModel):
-    """The baseline: full softmax attention; ``config`` has the fields of :class:`FullAttentionConfig`."""
-
-    model_class = FullAttentionModel
-    config_class = FullAttentionConfig
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:

@@ -4,10 +4,29 @@ import torch
 from torch.utils.data import DataLoader
 
 from danon_lightning.attention import MSRAConfig
-from danon_lightning.models import FullAttentionLightning, MSRALightning
+from danon_lightning.models import (
+    DALALightning,
+    FullAttentionLightning,
+    InfiniteLightning,
+    MSRALightning,
+    SuperHybridLightning,
+    UCSALightning,
+)
 
 SMALL = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "max_sequence_length": 64}
-MODELS = [(MSRALightning, {**SMALL, "block_size": 8}), (FullAttentionLightning, SMALL)]
+PARTS = {
+    "msra": {"block_size": 8},
+    "dala": {"block_size": 8, "memory_size": 8},
+    "ucsa": {"block_size": 4, "local_window_size": 8, "global_tokens": 4, "max_selected_blocks": 2},
+}
+MODELS = [
+    (MSRALightning, {**SMALL, **PARTS["msra"]}),
+    (DALALightning, {**SMALL, **PARTS["dala"]}),
+    (UCSALightning, {**SMALL, **PARTS["ucsa"]}),
+    (InfiniteLightning, {**SMALL, "local_window": 16, "sliding_window": 32, "compression_ratio": 0.5}),
+    (SuperHybridLightning, {**SMALL, "settings": PARTS}),
+    (FullAttentionLightning, SMALL),
+]
 
 
 def build(cls, config, **optimizer):
@@ -95,3 +114,32 @@ def test_bad_input_is_named():
         MSRALightning(7)
     with pytest.raises(ValueError, match="causal=False"):
         MSRALightning(MSRAConfig(**MODELS[0][1], causal=False))
+
+
+def test_weights_of_components_are_kept_diverse():
+    entropies = {}
+    for weight in (0.0, 1.0):
+        config = {**SMALL, "settings": PARTS, "diversity_weight": weight}
+        module = build(SuperHybridLightning, config)
+        with torch.no_grad():
+            for block in module.model.layers:
+                block.core.gate.bias[:2] = 3.0
+        loader = text_loader()
+        trainer = quiet_trainer(max_steps=20)
+        trainer.fit(module, loader)
+        weights = module.model(next(iter(loader))).component_weights
+        entropies[weight] = sum(torch.special.entr(layer).sum(dim=1).mean().item() for layer in weights) / 2
+    assert entropies[1.0] > entropies[0.0] + 0.1
+    assert trainer.callback_metrics["train/component_entropy"] == pytest.approx(entropies[1.0], abs=0.2)
+    with pytest.raises(ValueError, match="diversity_weight=1.0 needs the weights of the whole batch"):
+        SuperHybridLightning({**SMALL, "settings": PARTS, "diversity_weight": 1.0}, chunk_length=8)
+
+
+def test_the_schedule_of_sparsity_follows_the_steps():
+    config = {**SMALL, **PARTS["ucsa"], "sparsity_factor": 0.5, "sparsity_decay": 0.5, "max_selected_blocks": 8}
+    module = build(UCSALightning, {**config, "error_compensation": 1.0})
+    core = module.model.layers[0].core
+    assert core.config.num_selected(0) == 8 and core.config.num_selected(3) == 2
+    quiet_trainer(max_steps=3).fit(module, text_loader(length=65))
+    assert core.training_step == 3
+    assert core.error_mean != 0.5 and core.error_variance > 0

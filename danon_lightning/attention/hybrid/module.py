@@ -60,6 +60,9 @@ class SuperHybridConfig(AttentionConfig):
     def __post_init__(self) -> None:
         """Check every setting, and those of the components."""
         super().__post_init__()
+        # Plain values, whatever kind of mapping a configuration file became, so that checkpoints hold nothing else.
+        object.__setattr__(self, "settings", {name: dict(given) for name, given in self.settings.items()})
+        object.__setattr__(self, "prior", dict(self.prior))
         self._require(self.router_temperature > 0, "router_temperature", "must be positive")
         self._require(self.diversity_weight >= 0, "diversity_weight", "must not be negative")
         used = {name for layer in self._by_layer for name in layer}

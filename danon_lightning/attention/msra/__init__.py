@@ -2,7 +2,7 @@
 
 from danon_lightning.attention.msra.functional import MSRAStats, msra_attention
 from danon_lightning.attention.msra.fusion import LevelFusion
-from danon_lightning.attention.msra.module import MSRAAttention, MSRAConfig, MSRAModel
+from danon_lightning.attention.msra.module import MSRAAttention, MSRAConfig, MSRAModel, MSRAOutput
 from danon_lightning.attention.msra.reference import msra_attention_reference
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "MSRAAttention",
     "MSRAConfig",
     "MSRAModel",
+    "MSRAOutput",
     "MSRAStats",
     "msra_attention",
     "msra_attention_reference",
