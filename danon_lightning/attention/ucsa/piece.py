@@ -89,7 +89,8 @@ class Piece:
         """Find out what lies where."""
         self.sources, self.layout = sources, layout
         self.rows, self.repeats, self.length, self.width = query.shape
-        self.query = query.flatten(1, 2)  # [N, M, d]
+        # Contiguous, so that queries of all rows can be taken without copying everything.
+        self.query = query.flatten(1, 2).contiguous()  # [N, M, d]
         self.start, self.device = start, query.device
         self.precise = torch.promote_types(query.dtype, torch.float32)
         positions = torch.arange(start, start + self.length, device=query.device)
@@ -130,7 +131,7 @@ class Piece:
         Returns:
             The gradient of the query ``[N, R, m, d]``.
         """
-        grad, output, lse = (x.flatten(1, 2) for x in (grad, output, lse))
+        grad, output, lse = (x.flatten(1, 2).contiguous() for x in (grad, output, lse))
         shift = (grad.to(lse.dtype) * output).sum(dim=-1)
         # Queries that see nothing give all weights the value exp(-inf).
         lse = lse.masked_fill(~has_visible_keys(lse), float("inf"))
