@@ -20,8 +20,9 @@ from danon_lightning.attention.ucsa.sparse import Attended, sparse_attention
 
 __all__ = ["UCSAStats", "ucsa_attention"]
 
-# Tokens rotated at once: the tables of angles are in float64.
-ROTATED_AT_ONCE = 1 << 16
+# Tokens rotated at once: few enough for what this needs on the way to stay in the cache of a processor core.
+ROTATED_AT_ONCE = 1 << 12
+ROTATED_AT_ONCE_ON_ACCELERATORS = 1 << 16
 
 
 class UCSAStats(NamedTuple):
@@ -179,7 +180,7 @@ def ucsa_attention(
         return _without_values(q, v, layout, return_stats)
     batch, heads, _, width = q.shape
     groups = k.shape[1]
-    query = _rotate(q, rope_base).mul(width**-0.5).unflatten(1, (groups, -1)).flatten(0, 1)
+    query = _rotate(q, rope_base, width**-0.5).unflatten(1, (groups, -1)).flatten(0, 1)
     sources = _make_sources(
         k.to(q.dtype), v.to(q.dtype), layout, rope_base, key_padding_mask, error_tolerance, selection_bias
     )
@@ -252,14 +253,15 @@ def _make_sources(
     )
 
 
-def _rotate(x: Tensor, rope_base: float | None) -> Tensor:
-    """Rotate ``[b, H, n, d]`` by the positions, piece by piece."""
+def _rotate(x: Tensor, rope_base: float | None, scale: float = 1.0) -> Tensor:
+    """Scale ``[b, H, n, d]`` and rotate it by the positions, piece by piece."""
     if rope_base is None:
-        return x
-    positions = cell_positions(0, x.shape[-2], 1, x.device).split(ROTATED_AT_ONCE)
+        return x * scale if scale != 1.0 else x
+    count = ROTATED_AT_ONCE if x.device.type == "cpu" else ROTATED_AT_ONCE_ON_ACCELERATORS
+    positions = cell_positions(0, x.shape[-2], 1, x.device).split(count)
     pieces = [
-        apply_rotary(piece, where, rope_base)
-        for piece, where in zip(x.split(ROTATED_AT_ONCE, dim=-2), positions, strict=True)
+        apply_rotary(piece * scale if scale != 1.0 else piece, where, rope_base)
+        for piece, where in zip(x.split(count, dim=-2), positions, strict=True)
     ]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-2)
 

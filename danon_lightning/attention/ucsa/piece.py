@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from danon_lightning.attention.merging import MASKED, AttentionPart, has_visible_keys, merge_parts
@@ -18,6 +17,7 @@ from danon_lightning.attention.ucsa.products import attend, dropout_factors, gra
 from danon_lightning.attention.ucsa.selection import best_cells, bound_query
 from danon_lightning.attention.ucsa.sources import Level, Sources
 from danon_lightning.attention.ucsa.tiles import Tiles
+from danon_lightning.attention.ucsa.windows import Windows
 
 __all__ = ["Found", "Piece"]
 
@@ -89,7 +89,8 @@ class Piece:
         """Find out what lies where."""
         self.sources, self.layout = sources, layout
         self.rows, self.repeats, self.length, self.width = query.shape
-        self.query = query.flatten(1, 2)  # [N, M, d]
+        # Contiguous, so that queries of all rows can be taken without copying everything.
+        self.query = query.flatten(1, 2).contiguous()  # [N, M, d]
         self.start, self.device = start, query.device
         self.precise = torch.promote_types(query.dtype, torch.float32)
         positions = torch.arange(start, start + self.length, device=query.device)
@@ -98,11 +99,8 @@ class Piece:
         self.known = chosen
         self.chosen: list[Tensor] = []
         self.blocks = torch.empty(self.rows, self.query.shape[1], 0, dtype=torch.long, device=query.device)
-        # Queries that share a window: those of a block, or all of them if the piece lies in one.
-        self.first_block, self.last_block = layout.own_block(start), layout.own_block(start + self.length - 1)
-        self.groups = self.last_block - self.first_block + 1
-        self.group_length = layout.block_size if self.groups > 1 else self.length
-        self.missing_before = (start - layout.num_sinks) % layout.block_size if self.groups > 1 else 0
+        self.windows = Windows(sources, layout, query, start)
+        self.last_block = self.windows.last_block
 
     def forward(self) -> Found:
         """Choose and attend."""
@@ -130,7 +128,7 @@ class Piece:
         Returns:
             The gradient of the query ``[N, R, m, d]``.
         """
-        grad, output, lse = (x.flatten(1, 2) for x in (grad, output, lse))
+        grad, output, lse = (x.flatten(1, 2).contiguous() for x in (grad, output, lse))
         shift = (grad.to(lse.dtype) * output).sum(dim=-1)
         # Queries that see nothing give all weights the value exp(-inf).
         lse = lse.masked_fill(~has_visible_keys(lse), float("inf"))
@@ -149,7 +147,7 @@ class Piece:
         if self.sources.sink_keys.shape[1] > 0:
             yield _Set("near", lambda x: (x.sink_keys, x.sink_values), self._sink_bias)
         if self.sources.window_keys.shape[1] > 0:
-            yield _Set("near", self._pick_windows, self._window_bias, windows=True)
+            yield _Set("near", self.windows.pick, lambda tiles: self.windows.bias(), windows=True)
         expanded: Tensor | None = None
         for level in reversed(range(self.layout.tree_levels)):
             cells = self.sources.levels[level]
@@ -186,60 +184,6 @@ class Piece:
     def _hide(self, hidden: Tensor) -> Tensor:
         """Return the bias of what is hidden."""
         return torch.zeros(hidden.shape, dtype=self.precise, device=self.device).masked_fill_(hidden, MASKED)
-
-    def _pick_windows(self, sources: Sources) -> tuple[Tensor, Tensor]:
-        """Return the blocks that windows of the piece lie in, without those beyond either end."""
-        first, last = self._window_range()
-        return sources.window_keys[:, first:last], sources.window_values[:, first:last]
-
-    def _window_range(self) -> tuple[int, int]:
-        """Return where these blocks lie among those of the sources."""
-        first = self.first_block - self.layout.window_blocks - self.sources.window_first
-        last = first + self.groups + self.layout.blocks_in_window - 1
-        return max(0, first), min(last, self.sources.window_keys.shape[1])
-
-    def _windows(self, x: Tensor) -> Tensor:
-        """Return of blocks ``[N, w, S, ...]`` the windows of all groups ``[N, C, W·S, ...]``, filled up with zeros."""
-        first = self.first_block - self.layout.window_blocks - self.sources.window_first
-        before = max(0, -first)
-        after = self.groups + self.layout.blocks_in_window - 1 - before - x.shape[1]
-        if before or after:
-            ends = [x.new_zeros(x.shape[0], count, *x.shape[2:]) for count in (before, after)]
-            x = torch.cat([ends[0], x, ends[1]], dim=1)
-        if self.groups == 1:
-            return x.flatten(1, 2).unsqueeze(1)
-        if x.shape[0] == 1 and x.is_contiguous():
-            # Windows of one row overlap in memory and need no copy.
-            shape = (1, self.groups, self.layout.blocks_in_window * self.layout.block_size, *x.shape[3:])
-            return x.as_strided(shape, (x.stride(0), *x.stride()[1:]))
-        shifts = [x[:, shift : shift + self.groups] for shift in range(self.layout.blocks_in_window)]
-        return torch.cat(shifts, dim=2)
-
-    def _window_bias(self, tiles: Tiles | None) -> Tensor:
-        """Hide the future, what lies beyond either end, and padding."""
-        layout, sources, size = self.layout, self.sources, self.layout.block_size
-        inside = self.first_block - layout.window_blocks >= sources.window_first and (
-            layout.causal
-            or self.last_block + layout.window_blocks < sources.window_first + sources.window_keys.shape[1]
-        )
-        # Away from the ends the pattern is the same in all groups.
-        groups = torch.arange(1 if inside else self.groups, device=self.device).view(-1, 1, 1) * size
-        start = layout.num_sinks + self.first_block * size
-        keys = start - layout.window_blocks * size + groups
-        keys = keys + torch.arange(layout.blocks_in_window * size, device=self.device)
-        queries = groups + self.start - self.missing_before
-        queries = queries + torch.arange(self.group_length, device=self.device).unsqueeze(-1)
-        begin = layout.num_sinks + sources.window_first * size
-        # [C or 1, R·P or 1, W·S]
-        hidden = (keys < begin) | (keys >= begin + sources.window_keys.shape[1] * size)
-        if layout.causal:
-            hidden = (hidden | (keys > queries)).repeat(1, self.repeats, 1)
-        if sources.window_hidden is not None:
-            first, last = self._window_range()
-            hidden = (hidden | self._windows(sources.window_hidden[:, first:last]).unsqueeze(2)).flatten(0, 1)
-        elif len(hidden) > 1:
-            hidden = hidden.repeat(self.rows, 1, 1)
-        return self._hide(hidden)
 
     # Choosing --------------------------------------------------------------------------------------------------------
 
@@ -351,7 +295,7 @@ class Piece:
         query, key, value = self._operands(keys)
         output, lse = attend(query, key, value, keys.bias(None), self._keep)
         if keys.windows:
-            output, lse = self._ungroup(output), self._ungroup(lse)
+            output, lse = self.windows.ungroup(output), self.windows.ungroup(lse)
         return AttentionPart(output, lse)
 
     def _attend_tiles(self, keys: _Set) -> AttentionPart:
@@ -372,14 +316,18 @@ class Piece:
         """Add up gradients of keys and values; return that of the query."""
         query, key, value = self._operands(keys)
         if keys.windows:
-            grad, lse, shift = self._group(grad), self._group(lse, float("inf")), self._group(shift)
+            grad, lse, shift = (
+                self.windows.group(grad),
+                self.windows.group(lse, float("inf")),
+                self.windows.group(shift),
+            )
         grads = gradients(query, key, value, keys.bias(None), self._keep, grad, lse, shift)
         for total, own in zip(keys.pick(totals), grads[1:], strict=True):
             if keys.windows:
-                self._add_windows(total, own)
+                self.windows.add(total, own)
             else:
                 total += own
-        return self._ungroup(grads.query) if keys.windows else grads.query
+        return self.windows.ungroup(grads.query) if keys.windows else grads.query
 
     def _gradients_of_tiles(self, keys: _Set, grad: Tensor, lse: Tensor, shift: Tensor, totals: Sources) -> Tensor:
         """Add up gradients of keys and values; return that of the query."""
@@ -409,36 +357,8 @@ class Piece:
         key, value = keys.pick(self.sources)
         if not keys.windows:
             return self.query, key, value
-        key, value = (self._windows(x).flatten(0, 1) for x in (key, value))
-        return self._group(self.query), key, value
-
-    def _group(self, x: Tensor, fill: float = 0.0) -> Tensor:
-        """Return ``[N·C, R·P, ...]`` of what each query has ``[N, R·m, ...]``, groups filled up with ``fill``."""
-        if self.groups == 1:
-            return x
-        x = x.unflatten(1, (self.repeats, self.length))
-        after = self.groups * self.group_length - self.length - self.missing_before
-        if self.missing_before or after:
-            x = F.pad(x, (0, 0) * (x.dim() - 3) + (self.missing_before, after), value=fill)
-        return x.unflatten(2, (self.groups, -1)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
-
-    def _ungroup(self, x: Tensor) -> Tensor:
-        """Undo ``_group``."""
-        if self.groups == 1:
-            return x
-        x = x.unflatten(0, (self.rows, self.groups)).unflatten(2, (self.repeats, -1)).transpose(1, 2).flatten(2, 3)
-        return x[:, :, self.missing_before : self.missing_before + self.length].flatten(1, 2)
-
-    def _add_windows(self, total: Tensor, grad: Tensor) -> None:
-        """Add gradients of windows ``[N·C, W·S, d]`` to those of their blocks ``[N, w, S, d]``."""
-        pieces = grad.unflatten(0, (self.rows, -1)).unflatten(2, (self.layout.blocks_in_window, -1))
-        first = self.first_block - self.layout.window_blocks - self.sources.window_first
-        offset = min(0, first)  # of the first window, from the first block that exists
-        for shift in range(self.layout.blocks_in_window):
-            start = offset + shift
-            skip, stop = max(0, -start), min(self.groups, total.shape[1] - start)
-            if skip < stop:
-                total[:, start + skip : start + stop] += pieces[:, skip:stop, shift]
+        key, value = (self.windows.take(x).flatten(0, 1) for x in (key, value))
+        return self.windows.group(self.query), key, value
 
 
 def _mark(chosen: Tensor, count: int) -> Tensor:

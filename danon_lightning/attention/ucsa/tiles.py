@@ -127,6 +127,6 @@ class Tiles(NamedTuple):
 def _tile_size(pairs: int, groups: int) -> int:
     """Return P: tiles of popular groups are to be full, and rare groups not to leave most of theirs empty."""
     size = 8
-    while size < 64 and size * groups < pairs:
+    while size < 64 and 4 * size * groups < pairs:
         size *= 2
     return size
