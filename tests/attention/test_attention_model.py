@@ -300,3 +300,43 @@ def test_compiled_gradients_are_the_same(variant):
         results.append([parameter.grad for parameter in model.parameters()])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("activation", "relu"),
+        ("activation", "swish"),
+        ("layer_norm_eps", 0.1),
+        ("rope_base", 100.0),
+        ("rope_base", None),
+        ("stability_factor", 0.5),
+    ],
+)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_shared_settings_act(variant, name, value):
+    model, other = scramble(build(variant)), build(variant, **{name: value})
+    other.load_state_dict(model.state_dict())
+    ids = torch.randint(0, 11, (2, 40))
+    assert not torch.allclose(model(ids).last_hidden_state, other(ids).last_hidden_state, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_sizes_are_those_of_the_settings(variant):
+    model = build(variant, num_layers=3, num_heads=8, num_kv_heads=2, intermediate_size=24, vocab_size=13)
+    block = model.layers[0]
+    assert len(model.layers) == 3 and model.token_embedding.weight.shape == (13, 16)
+    assert block.qkv.weight.shape == (16 + 2 * 2 * 2, 16) and block.mlp_in.weight.shape == (24, 16)
+    assert model(torch.randint(0, 13, (2, 40))).last_hidden_state.shape == (2, 40, 16)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"stability_factor": 1.5}, r"stability_factor=1.5 must lie in \[0, 1\]"),
+        ({"calibration_factor": -0.1}, r"calibration_factor=-0.1 must lie in \[0, 1\]"),
+    ],
+)
+def test_shared_settings_out_of_range(setting, message):
+    with pytest.raises(ValueError, match=message):
+        make_config("full", **setting)
