@@ -1,15 +1,15 @@
 """What the functional cores of DALA accept."""
 
-import torch
 from torch import Tensor
+
+from danon_lightning.attention.checks import check_heads, check_mask, check_queries, check_shapes
 
 __all__ = ["check_settings", "check_tensors"]
 
 
 def check_settings(q: Tensor, block_size: int, memory_size: int, importance_threshold: float) -> None:
     """Raise ``ValueError`` unless there are queries and the settings are in range."""
-    if q.dim() != 4 or 0 in q.shape:
-        raise ValueError(f"q has shape {list(q.shape)}; it must be [batch, heads, tokens, width], none of them zero")
+    check_queries(q)
     if not isinstance(block_size, int) or block_size < 1:
         raise ValueError(f"block_size={block_size!r} must be an integer of at least 1")
     if not isinstance(memory_size, int) or memory_size < 0:
@@ -47,11 +47,7 @@ def check_tensors(
         key_padding_mask: ``[b, n]``, boolean.
     """
     batch, heads, length, width = q.shape
-    if k.dim() != 4 or k.shape[1] == 0 or heads % k.shape[1]:
-        raise ValueError(
-            f"k has shape {list(k.shape)}, but q has shape {list(q.shape)}; k must have a number of heads that divides "
-            "that of q"
-        )
+    check_heads(q, k)
     groups = k.shape[1]
     expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
         "k": (k, (batch, groups, length, width)),
@@ -61,12 +57,7 @@ def check_tensors(
         "memory_bias": (memory_bias, (batch, heads, length)),
         "key_padding_mask": (key_padding_mask, (batch, length)),
     }
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"{name} has shape {list(tensor.shape)}, but q has shape {list(q.shape)}; {name} must have shape "
-                f"{list(shape)}"
-            )
+    check_shapes(expected, f"q has shape {list(q.shape)}")
     if isinstance(window_width, Tensor):
         if tuple(window_width.shape) not in ((), (heads,), (heads, blocks)):
             raise ValueError(
@@ -75,5 +66,4 @@ def check_tensors(
             )
     elif not window_width > 0:
         raise ValueError(f"window_width={window_width} must be positive; use a large one for no falling off")
-    if key_padding_mask is not None and key_padding_mask.dtype != torch.bool:
-        raise ValueError(f"key_padding_mask has dtype {key_padding_mask.dtype}; it must be torch.bool, True for tokens")
+    check_mask(key_padding_mask)

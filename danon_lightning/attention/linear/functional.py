@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from danon_lightning.attention.checks import check_heads, check_queries, check_shapes
 from danon_lightning.attention.linear.chunks import Chunks, chunked, cumulated, decay_between
 from danon_lightning.attention.precision import without_autocast
 
@@ -176,14 +177,9 @@ def _check(
     q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor], chunk_size: int, initial_state: Tensor | None
 ) -> None:
     """Raise unless the arguments fit each other."""
-    if q.dim() != 4 or 0 in q.shape:
-        raise ValueError(f"q has shape {list(q.shape)}; it must be [batch, heads, tokens, width], none of them zero")
+    check_queries(q)
     batch, heads, length, width = q.shape
-    if k.dim() != 4 or k.shape[1] == 0 or heads % k.shape[1]:
-        raise ValueError(
-            f"k has shape {list(k.shape)}, but q has shape {list(q.shape)}; k must have a number of heads that divides "
-            "that of q"
-        )
+    check_heads(q, k)
     if v.dim() != 4 or v.shape[-1] == 0:
         raise ValueError(f"v has shape {list(v.shape)}; it must be [batch, heads, tokens, width], none of them zero")
     groups = k.shape[1]
@@ -193,11 +189,6 @@ def _check(
         "initial_state": (initial_state, (batch, heads, width, v.shape[-1])),
     }
     expected |= {name: (gate, (batch, heads, length)) for name, gate in gates.items()}
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"{name} has shape {list(tensor.shape)}, but q has shape {list(q.shape)} and v {list(v.shape)}; "
-                f"{name} must have shape {list(shape)}"
-            )
+    check_shapes(expected, f"q has shape {list(q.shape)} and v {list(v.shape)}")
     if not isinstance(chunk_size, int) or chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size!r} must be an integer of at least 1")

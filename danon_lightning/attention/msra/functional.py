@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from danon_lightning.attention.checks import check_heads, check_mask, check_queries, check_shapes
 from danon_lightning.attention.full import full_attention
 from danon_lightning.attention.merging import MASKED, AttentionPart, attention_part
 from danon_lightning.attention.msra.fusion import FeatureFusion, fuse_levels
@@ -277,14 +278,9 @@ def _check_shapes(
     key_padding_mask: Tensor | None,
 ) -> None:
     """Raise unless the shapes fit each other."""
-    if q.dim() != 4 or 0 in q.shape:
-        raise ValueError(f"q has shape {list(q.shape)}; it must be [batch, heads, tokens, width], none of them zero")
+    check_queries(q)
     batch, heads, length, width = q.shape
-    if k.dim() != 4 or k.shape[1] == 0 or heads % k.shape[1]:
-        raise ValueError(
-            f"k has shape {list(k.shape)}, but q has shape {list(q.shape)}; k must have a number of heads that divides "
-            "that of q"
-        )
+    check_heads(q, k)
     groups, value_width = k.shape[1], v.shape[-1]
     upper = geometry.num_levels - 1
     expected = {
@@ -296,11 +292,5 @@ def _check_shapes(
         "value_maps": (value_maps, (upper, groups, value_width, value_width)),
         "key_padding_mask": (key_padding_mask, (batch, length)),
     }
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"{name} has shape {list(tensor.shape)}, but q has shape {list(q.shape)} and there are "
-                f"{geometry.num_levels} levels; {name} must have shape {list(shape)}"
-            )
-    if key_padding_mask is not None and key_padding_mask.dtype != torch.bool:
-        raise ValueError(f"key_padding_mask has dtype {key_padding_mask.dtype}; it must be torch.bool, True for tokens")
+    check_shapes(expected, f"q has shape {list(q.shape)} and there are {geometry.num_levels} levels")
+    check_mask(key_padding_mask)
