@@ -111,8 +111,8 @@ def add_parser(subparsers: "Subparsers") -> None:
         type=positive_int,
         default=3,
         metavar="N",
-        help="runs of a cell, of which the median counts: fewer where they exceed the budget, more where they are short "
-        "(default: %(default)s)",
+        help="runs of a cell, of which the median counts: fewer where they exceed the budget, more where they are "
+        "short (default: %(default)s)",
     )
     parser.add_argument(
         "--budget",

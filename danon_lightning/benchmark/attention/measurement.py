@@ -8,8 +8,8 @@ from danon_lightning.benchmark.attention.cell import CellPlan, measure_cell
 from danon_lightning.benchmark.attention.contenders import Contender, Shape
 from danon_lightning.benchmark.attention.memory import available_memory
 from danon_lightning.benchmark.attention.results import Direction, Row, StateRow, expected_seconds
-from danon_lightning.benchmark.attention.settings import modules_to_import
 from danon_lightning.benchmark.attention.streaming import StreamPlan, StreamPoint, measure_stream
+from danon_lightning.benchmark.registered import modules_to_import
 from danon_lightning.benchmark.workers import run_isolated
 
 # Of what is free, so that the rest of the machine goes on.

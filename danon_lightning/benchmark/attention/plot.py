@@ -51,7 +51,7 @@ def save_plot(rows: Sequence[Row], states: Sequence[StateRow], ours: Sequence[st
             measured = [(length, value) for contender, length, value in points if contender == name and value]
             if measured:
                 style = "-" if name in ours else "--"
-                legend[name] = axes.plot(*zip(*measured, strict=True), f"{style}.", color=colors[name])[0]
+                legend[name] = axes.plot(*zip(*measured, strict=True), style, marker=".", color=colors[name])[0]
         axes.set(xscale="log", yscale="log" if axes.lines else "linear", title=label, xlabel="tokens")
         axes.set_xticks(lengths, [format_length(length) for length in lengths], rotation=45)
         axes.xaxis.set_minor_locator(NullLocator())

@@ -5,9 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from danon_lightning.attention import AttentionConfig, AttentionCore, available_variants, get_variant
+from danon_lightning.benchmark.registered import HYBRID, hybrid_fields, is_of_a_benchmark
 
-# What a hybrid is made of here, as far as it is registered.
-_COMPONENTS = ("msra", "dala", "ucsa")
 # Measured as the baseline, without the rotation.
 _FULL = "full"
 
@@ -32,13 +31,13 @@ SETTINGS: dict[str, Setting] = {
     "dala": Setting("dala", "dynamic adaptive long-range attention, B = 64, M = 256", {"memory_size": 256}),
     "ucsa": Setting("ucsa", "unified compressed sparse attention"),
     "infinite": Setting("infinite", "enhanced infinite attention"),
-    "super_hybrid": Setting("super_hybrid", "msra, dala and ucsa side by side, as far as there are"),
+    HYBRID: Setting(HYBRID, "msra, dala and ucsa side by side, as far as there are"),
 }
 
 
 def measured_settings() -> dict[str, Setting]:
     """Those of :data:`SETTINGS` whose variant is registered, then all other variants with their defaults."""
-    registered = [name for name in available_variants() if name != _FULL and not _is_of_a_benchmark(name)]
+    registered = [name for name in available_variants() if name != _FULL and not is_of_a_benchmark(name)]
     known = {label: setting for label, setting in SETTINGS.items() if setting.variant in registered}
     others = [name for name in registered if name not in {setting.variant for setting in known.values()}]
     return known | {name: Setting(name, "registered, with its defaults") for name in others}
@@ -48,23 +47,10 @@ def build_core(label: str, *, heads: int, head_dim: int, length: int) -> Attenti
     """Build the core of a line of the tables, for sequences of up to ``length`` tokens."""
     setting = measured_settings()[label]
     variant = get_variant(setting.variant)
-    fields = {**setting.fields, **(_hybrid_fields() if setting.variant == "super_hybrid" else {})}
+    fields = dict(setting.fields)
+    if setting.variant == HYBRID:
+        fields |= hybrid_fields({name: component.fields for name, component in SETTINGS.items()})
     config: AttentionConfig = variant.config_class(
         hidden_size=heads * head_dim, num_heads=heads, num_layers=1, max_sequence_length=length, **fields
     )
     return variant.attention_class(config.for_layer(0))
-
-
-def modules_to_import() -> tuple[str, ...]:
-    """Modules that register the variants that are registered here, for other processes."""
-    return tuple(sorted({get_variant(name).attention_class.__module__ for name in available_variants()} - {"__main__"}))
-
-
-def _hybrid_fields() -> dict[str, Any]:
-    names = [name for name in _COMPONENTS if name in available_variants()]
-    return {"components": "+".join(names), "settings": {name: dict(SETTINGS[name].fields) for name in names}}
-
-
-def _is_of_a_benchmark(name: str) -> bool:
-    """Whether it is there only for a benchmark of this package to compare with."""
-    return get_variant(name).attention_class.__module__.startswith("danon_lightning.benchmark.")
