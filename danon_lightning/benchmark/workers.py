@@ -18,6 +18,9 @@ _Value = TypeVar("_Value")
 # What a process that has done its work may take to leave.
 _LAST_SECONDS = 10.0
 
+# What the functions of the benchmarks are in: imported once, not in each process.
+_IMPORTED = ("danon_lightning.benchmark.attention.streaming", "danon_lightning.benchmark.recall.training")
+
 # Called in the process with how far it has come: anything that can be pickled.
 Tell = Callable[[Any], None]
 Status = Literal["finished", "crashed", "killed", "too slow"]
@@ -66,7 +69,7 @@ def run_isolated(
     outcomes: dict[int, Outcome[_Value]] = {}
     pending = list(enumerate(arguments))[::-1]
     running: dict[Connection, _Call] = {}
-    context = _context(function)
+    context = _context()
     try:
         while pending or running:
             while pending and len(running) < jobs:
@@ -138,12 +141,12 @@ class _Call:
         self.connection.close()
 
 
-def _context(function: Callable[..., Any]) -> ForkServerContext | SpawnContext:
+def _context() -> ForkServerContext | SpawnContext:
     """Processes forked from one that has imported all and computed nothing: fresh ones, without the cost of imports."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, function.__module__])
+    context.set_forkserver_preload([__name__, *_IMPORTED])
     return context
 
 

@@ -17,7 +17,7 @@ from danon_lightning.benchmark.workers import Tell
 # Loads what the first run of a kernel loads, and is over soon.
 _WARM_UP_LENGTH = 256
 # Short runs are repeated for so many seconds in all, as single ones say little.
-_LEAST_SECONDS = 0.5
+_LEAST_SECONDS = 0.2
 
 
 @dataclass(frozen=True)

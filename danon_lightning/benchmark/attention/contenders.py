@@ -118,7 +118,8 @@ def _window_mask(length: int, device: str) -> BlockMask:
     row = torch.arange(rows, dtype=torch.int32, device=device)
     columns = torch.zeros(1, 1, rows, rows, dtype=torch.int32, device=device)
     columns[0, 0, :, 0] = (row - 1).clamp(min=0)
-    columns[0, 0, 1:, 1] = row[1:]  # the first row has no block before its own
+    if rows > 1:
+        columns[0, 0, 1:, 1] = row[1:]  # the first row has no block before its own
     counts = (row + 1).clamp(max=2).view(1, 1, rows)
     return BlockMask.from_kv_blocks(
         counts, columns, BLOCK_SIZE=_FLEX_BLOCK, mask_mod=_in_window, seq_lengths=(length, length)
