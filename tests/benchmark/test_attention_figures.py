@@ -92,7 +92,7 @@ def test_ratios_are_to_sdpa_at_the_same_length():
 
 def test_what_a_run_should_take_follows_from_shorter_ones():
     assert expected_seconds([], 8) is None
-    assert expected_seconds([(4, 1.0)], 8) == 2
+    assert expected_seconds([(4, 1.0)], 8) == 2 and expected_seconds([(4, 1.0)], 8, presumed=2.0) == 4
     assert expected_seconds([(1, 0.9), (4, 1.0)], 8) == 2  # overhead does not last
     assert expected_seconds([(2, 1.0), (4, 4.0)], 8) == 16
     assert expected_seconds([(2, 1.0), (4, 64.0)], 8) == 256  # nothing grows faster than this
@@ -123,17 +123,25 @@ def cells(monkeypatch):
 def test_cells_that_failed_or_would_take_too_long_are_left_out_with_the_reason(cells):
     run, failing = cells
     failing["msra", 2000] = Outcome("killed", message="killed by signal 9")
-    chosen = [contenders()[name] for name in ("sdpa", "fla", "msra")]
+    chosen = [contenders()[name] for name in ("gated_linear", "fla", "msra")]
     setting, rows = Setting(4, 64, "cpu", 3, budget=3.0), []
     for tokens in (1000, 2000, 4000):
         rows += measure_length(chosen, tokens, "forward", setting, rows, lambda name: None)
-    assert run == [("sdpa", 1000), ("msra", 1000), ("sdpa", 2000), ("msra", 2000)]
+    assert run == [("gated_linear", 1000), ("msra", 1000), ("gated_linear", 2000), ("msra", 2000)]
     reasons = {(row.contender, row.length): row.message for row in rows if row.status == "left out"}
-    assert reasons["sdpa", 4000] == "would take about 4 s a run, more than --budget 3"
+    assert reasons["gated_linear", 4000] == "would take about 4 s a run, more than --budget 3"
     assert reasons["msra", 4000] == "not tried, as it was killed at 2000"
     assert {reason for (name, _), reason in reasons.items() if name == "fla"} == {
         "flash-linear-attention runs on CUDA only"
     }
+
+
+def test_a_run_that_begins_with_a_long_sequence_asks_a_short_one_first(cells):
+    run, _ = cells
+    chosen = [contenders()[name] for name in ("sdpa", "msra")]
+    rows = measure_length(chosen, 65536, "forward", Setting(4, 64, "cpu", 3, budget=100.0), [], lambda name: None)
+    assert run == [("sdpa", 4096), ("msra", 4096), ("msra", 65536)]
+    assert [row.status for row in rows] == ["left out", "finished"]
 
 
 def test_points_of_a_stream_that_was_killed_are_kept(monkeypatch):

@@ -65,6 +65,7 @@ class Contender:
         description: A few words of help.
         build: Makes it, in the process that measures it.
         ours: Whether it is a registered variant.
+        growth: Exponent by which its time should grow, for a guess before there are figures.
         reason: Says why it cannot be measured on a device ("cpu" or "cuda") in a direction; None if it can.
     """
 
@@ -72,6 +73,7 @@ class Contender:
     description: str
     build: Callable[[Shape], Built]
     ours: bool = False
+    growth: float = 1.0
     reason: Callable[[str, str], str | None] = lambda device, direction: None
 
 
@@ -157,7 +159,7 @@ def _fla_reason(device: str, direction: str) -> str | None:
 
 
 _BASELINES = [
-    Contender(SDPA, "causal full attention of torch, O(n²): what ratios refer to", _build_sdpa),
+    Contender(SDPA, "causal full attention of torch, O(n²): what ratios refer to", _build_sdpa, growth=2.0),
     Contender(
         FLEX_WINDOW,
         f"torch's FlexAttention, compiled, over a sliding window of {WINDOW} tokens",

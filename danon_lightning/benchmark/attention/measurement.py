@@ -4,13 +4,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 from danon_lightning.benchmark.arguments import format_length
-from danon_lightning.benchmark.attention.cell import CellPlan, measure_cell
+from danon_lightning.benchmark.attention.cell import CellPlan, Measurement, measure_cell
 from danon_lightning.benchmark.attention.contenders import Contender, Shape
 from danon_lightning.benchmark.attention.memory import available_memory
 from danon_lightning.benchmark.attention.results import Direction, Row, StateRow, expected_seconds
 from danon_lightning.benchmark.attention.streaming import StreamPlan, StreamPoint, measure_stream
 from danon_lightning.benchmark.registered import modules_to_import
-from danon_lightning.benchmark.workers import run_isolated
+from danon_lightning.benchmark.workers import Outcome, run_isolated
 
 # Of what is free, so that the rest of the machine goes on.
 _SHARE_OF_MEMORY = 0.9
@@ -18,6 +18,8 @@ _SHARE_OF_MEMORY = 0.9
 # others may use the processors too.
 _START_SECONDS = 300.0
 _SLACK = 8.0
+# Where a run begins with a longer sequence than this, a cell of this length tells what to expect.
+_PILOT_LENGTH = 4096
 
 
 @dataclass(frozen=True)
@@ -73,19 +75,12 @@ def measure_length(
     for contender in contenders:
         show(contender.name)
         mine = [row for row in earlier if (row.contender, row.direction) == (contender.name, direction)]
-        reason = contender.reason(setting.device, direction) or _reason(mine, length, setting.budget)
+        reason = contender.reason(setting.device, direction) or _reason_of_failure(mine)
+        reason = reason or _reason_of_time(contender, mine, length, direction, setting)
         if reason is not None:
             rows.append(Row(contender.name, length, direction, "left out", reason))
             continue
-        plan = CellPlan(
-            contender.name,
-            Shape(length, setting.heads, setting.head_dim, setting.device, direction),
-            setting.repeats,
-            setting.budget,
-            setting.memory_now(),
-            modules_to_import(),
-        )
-        [outcome] = run_isolated(measure_cell, [plan], time_limit=setting.time_limit)
+        outcome = _run(contender, length, direction, setting)
         figures = {} if outcome.value is None else asdict(outcome.value)
         rows.append(Row(contender.name, length, direction, outcome.status, outcome.message, outcome.detail, **figures))
     return rows
@@ -117,16 +112,38 @@ def measure_state(contender: Contender, lengths: Sequence[int], setting: Setting
     ]
 
 
-def _reason(earlier: Sequence[Row], length: int, budget: float) -> str | None:
-    """Why a contender is not tried at this length; None if it is."""
+def _run(contender: Contender, length: int, direction: Direction, setting: Setting) -> Outcome[Measurement]:
+    """Measure a cell."""
+    plan = CellPlan(
+        contender.name,
+        Shape(length, setting.heads, setting.head_dim, setting.device, direction),
+        setting.repeats,
+        setting.budget,
+        setting.memory_now(),
+        modules_to_import(),
+    )
+    [outcome] = run_isolated(measure_cell, [plan], time_limit=setting.time_limit)
+    return outcome
+
+
+def _reason_of_failure(earlier: Sequence[Row]) -> str | None:
+    """Why a contender that failed on a shorter sequence is not tried; None if there is no such."""
     failed = [row for row in earlier if row.status in ("crashed", "killed", "too slow")]
-    if failed:
-        return f"not tried, as it {_failure(failed[0])} at {format_length(failed[0].length)}"
+    return f"not tried, as it {_failure(failed[0])} at {format_length(failed[0].length)}" if failed else None
+
+
+def _reason_of_time(
+    contender: Contender, earlier: Sequence[Row], length: int, direction: Direction, setting: Setting
+) -> str | None:
+    """Why a contender that would take too long is not tried; None if it should not."""
     measured = [(row.length, row.seconds) for row in earlier if row.seconds]
-    expected = expected_seconds(measured, length)
-    if expected is not None and expected > budget:
-        return f"would take about {expected:.0f} s a run, more than --budget {budget:g}"
-    return None
+    if not earlier and length > _PILOT_LENGTH:
+        pilot = _run(contender, _PILOT_LENGTH, direction, setting).value
+        measured = [] if pilot is None else [(_PILOT_LENGTH, pilot.seconds)]
+    expected = expected_seconds(measured, length, presumed=contender.growth)
+    if expected is None or expected <= setting.budget:
+        return None
+    return f"would take about {expected:.0f} s a run, more than --budget {setting.budget:g}"
 
 
 def _failure(row: Row) -> str:

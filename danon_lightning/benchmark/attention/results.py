@@ -110,17 +110,18 @@ def exponent_of(rows: Iterable[Row], contender: str, direction: Direction, fit: 
     return growth_exponent(points, *fit)
 
 
-def expected_seconds(measured: Sequence[tuple[int, float]], length: int) -> float | None:
+def expected_seconds(measured: Sequence[tuple[int, float]], length: int, *, presumed: float = 1.0) -> float | None:
     """What a run should take at a length that is larger than those measured so far; None with nothing to go by.
 
     Args:
         measured: Lengths and seconds, rising.
         length: The length.
+        presumed: The exponent by which time grows, where a single length says nothing of it.
     """
     if not measured:
         return None
     last, seconds = measured[-1]
-    exponent = 1.0
+    exponent = presumed
     if len(measured) > 1:
         before, earlier = measured[-2]
         # Short sequences hardly grow, and nothing here grows faster than by its square.
