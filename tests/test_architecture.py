@@ -16,7 +16,7 @@ ALLOWED = {
     "attention": set(),
     "data": set(),
     "testing": set(),
-    "benchmark": {"strategies", "testing"},
+    "benchmark": {"attention", "data", "models", "strategies", "testing"},
     "optim": set(),
     "strategies": {"optim"},
     "callbacks": set(),

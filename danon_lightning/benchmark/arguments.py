@@ -1,9 +1,12 @@
 """Types of command line arguments, with errors that say what would have been right."""
 
 import argparse
+import importlib
 import math
 import os
 from pathlib import Path
+
+_SUFFIXES = {"k": 1024, "M": 1024**2}
 
 
 def positive_int(text: str) -> int:
@@ -31,6 +34,34 @@ def rate(text: str) -> float | None:
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a rate: give a number of Mbit/s, or 0 for an unshaped link")
     return value or None
+
+
+def length(text: str) -> int:
+    """Read a number of tokens, which may be written with a suffix: 4096, 16k, 1M (of 1024 and 1024²)."""
+    number, factor = text, 1
+    if text and text[-1] in _SUFFIXES:
+        number, factor = text[:-1], _SUFFIXES[text[-1]]
+    try:
+        return positive_int(number) * factor
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens, such as 4096, 16k or 1M") from None
+
+
+def format_length(tokens: int) -> str:
+    """Write a number of tokens as :func:`length` reads it: ``16k``."""
+    for suffix, factor in (("M", 1024**2), ("k", 1024)):
+        if tokens % factor == 0:
+            return f"{tokens // factor}{suffix}"
+    return str(tokens)
+
+
+def importable(text: str) -> str:
+    """Read the name of a module, and import it: it may register variants."""
+    try:
+        importlib.import_module(text)
+    except ImportError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be imported: {error}") from None
+    return text
 
 
 def output_file(text: str) -> Path:

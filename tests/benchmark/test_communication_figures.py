@@ -11,7 +11,7 @@ from rich.console import Console
 from danon_lightning.benchmark.command_line import main
 from danon_lightning.benchmark.communication import measurement
 from danon_lightning.benchmark.communication.crossovers import find_crossovers, where_faster
-from danon_lightning.benchmark.communication.export import to_json, write_json
+from danon_lightning.benchmark.communication.export import to_json
 from danon_lightning.benchmark.communication.job import Measurement, combine
 from danon_lightning.benchmark.communication.job_runner import JobFailure
 from danon_lightning.benchmark.communication.measurement import Setting, default_step_limit, measure_variants
@@ -27,6 +27,7 @@ from danon_lightning.benchmark.communication.report import (
 from danon_lightning.benchmark.communication.results import Row
 from danon_lightning.benchmark.communication.variants import VARIANTS
 from danon_lightning.benchmark.communication.workload import MATRICES, Workload
+from danon_lightning.benchmark.json_file import write_json
 from danon_lightning.strategies import available_compressors
 from danon_lightning.strategies.communication.compressors import Compressor, get_compressor
 

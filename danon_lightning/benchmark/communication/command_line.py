@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from danon_lightning.benchmark.arguments import output_file, positive_float, positive_int, rate
-from danon_lightning.benchmark.communication.export import to_json, write_json
+from danon_lightning.benchmark.communication.export import to_json
 from danon_lightning.benchmark.communication.job import WARMUP_STEPS, Progress
 from danon_lightning.benchmark.communication.measurement import Setting, default_step_limit, measure_variants
-from danon_lightning.benchmark.communication.plot import missing_reason, save_plot
+from danon_lightning.benchmark.communication.plot import save_plot
 from danon_lightning.benchmark.communication.report import (
     LEGEND,
     any_of_ours_failed,
@@ -25,7 +25,9 @@ from danon_lightning.benchmark.communication.results import Row
 from danon_lightning.benchmark.communication.variants import VARIANTS
 from danon_lightning.benchmark.communication.workload import MATRICES, Workload
 from danon_lightning.benchmark.environment import describe_environment
+from danon_lightning.benchmark.json_file import write_json
 from danon_lightning.benchmark.network import format_rate, loopback_reason, open_network
+from danon_lightning.benchmark.plotting import missing_reason
 from danon_lightning.benchmark.progress import ProgressDisplay
 from danon_lightning.strategies import Mesh
 from danon_lightning.testing import EmulatedHosts

@@ -1,9 +1,7 @@
-"""The JSON file of a run."""
+"""What the JSON file of a run holds."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from danon_lightning.benchmark.communication.crossovers import find_crossovers
@@ -25,8 +23,3 @@ def to_json(arguments: Mapping[str, Any], environment: Mapping[str, Any], rows: 
         "rows": [{**asdict(row), "ratio": row.ratio, "line_rate_share": row.line_rate_share} for row in rows],
         "crossovers": [asdict(crossover) for crossover in find_crossovers(rows)],
     }
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write what :func:`to_json` made."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

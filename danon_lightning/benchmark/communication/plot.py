@@ -1,6 +1,5 @@
-"""Step time against bandwidth. Needs matplotlib, which the package itself does not: see :func:`missing_reason`."""
+"""Step time against bandwidth. Needs matplotlib: see ``danon_lightning.benchmark.plotting``."""
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,13 +15,6 @@ _ONLY_UNSHAPED_MBIT = 1000.0
 _COLORS = {FLAT: "black", DENSE: "black", ALONE: "grey"}
 # Where a variant is exactly as fast as this reference.
 _MARKERS = {FLAT: "o", DENSE: "D"}
-
-
-def missing_reason() -> str | None:
-    """Why nothing can be plotted, and the remedy; None if it can."""
-    if importlib.util.find_spec("matplotlib") is None:
-        return "matplotlib is not installed: pip install 'danon-lightning[bench]'"
-    return None
 
 
 def save_plot(rows: Sequence[Row], title: str, path: Path) -> None:

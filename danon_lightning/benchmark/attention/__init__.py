@@ -1,0 +1,1 @@
+"""``danon-bench attention``: time, memory and streaming state of the attention mechanisms, by sequence length."""
