@@ -6,7 +6,7 @@ from typing import Any
 from danon_lightning.attention import available_variants, get_variant
 
 HYBRID = "super_hybrid"
-# What a hybrid is made of in benchmarks, as far as it is registered.
+# What a hybrid is made of in benchmarks.
 _COMPONENTS = ("msra", "dala", "ucsa")
 
 
@@ -16,13 +16,12 @@ def modules_to_import() -> tuple[str, ...]:
 
 
 def hybrid_fields(fields: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Fields of the config of a hybrid of those components that are registered.
+    """Fields of the config of a hybrid.
 
     Args:
         fields: Fields of the config of each component, by its name.
     """
-    names = [name for name in _COMPONENTS if name in available_variants()]
-    return {"components": "+".join(names), "settings": {name: dict(fields[name]) for name in names}}
+    return {"components": "+".join(_COMPONENTS), "settings": {name: dict(fields[name]) for name in _COMPONENTS}}
 
 
 def is_of_a_benchmark(name: str) -> bool:

@@ -29,9 +29,9 @@ class Setting:
 SETTINGS: dict[str, Setting] = {
     "msra": Setting("msra", "multi-scale recursive attention, B = 64, r = 4", {"block_size": 64}),
     "dala": Setting("dala", "dynamic adaptive long-range attention, B = 64, M = 256", {"memory_size": 256}),
-    "ucsa": Setting("ucsa", "unified compressed sparse attention"),
+    "ucsa": Setting("ucsa", "unified compressed sparse attention, S = 32, k = 8"),
     "infinite": Setting("infinite", "enhanced infinite attention"),
-    HYBRID: Setting(HYBRID, "msra, dala and ucsa side by side, as far as there are"),
+    HYBRID: Setting(HYBRID, "msra, dala and ucsa side by side"),
 }
 
 

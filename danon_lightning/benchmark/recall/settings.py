@@ -76,8 +76,20 @@ SETTINGS: dict[str, Setting] = {
         "ucsa",
         "unified compressed sparse attention",
         {
-            "mqar": {"block_size": 8, "max_selected_blocks": 2, "window_blocks": 2, "global_tokens": 8},
-            "text": {"block_size": 16, "max_selected_blocks": 4, "window_blocks": 2, "global_tokens": 8},
+            "mqar": {
+                "block_size": 8,
+                "sparsity_factor": 0.2,
+                "max_selected_blocks": 2,
+                "local_window_size": 16,
+                "global_tokens": 8,
+            },
+            "text": {
+                "block_size": 16,
+                "sparsity_factor": 0.2,
+                "max_selected_blocks": 4,
+                "local_window_size": 32,
+                "global_tokens": 8,
+            },
         },
     ),
     "infinite": Setting(
@@ -88,7 +100,7 @@ SETTINGS: dict[str, Setting] = {
             "text": {"local_window": 64, "sliding_window": 256},
         },
     ),
-    HYBRID: Setting(HYBRID, "msra, dala and ucsa side by side, as far as there are"),
+    HYBRID: Setting(HYBRID, "msra, dala and ucsa side by side"),
 }
 
 
