@@ -1,5 +1,8 @@
 """The fast form of DALA's softmax against its definition."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +12,9 @@ from danon_lightning.attention.dala.memory import memory_scores, select_memory
 from danon_lightning.attention.functional import dala_attention, dala_attention_reference, full_attention
 from danon_lightning.attention.merging import MASKED
 from danon_lightning.attention.rotary import apply_rotary, cell_positions
+
+sys.path.insert(0, str(Path(__file__).parent))
+from agreement import assert_same, make_mask  # noqa: E402
 
 BATCH, HEADS, GROUPS, WIDTH = 2, 4, 2, 4
 SIZES = {"block_size": 4, "memory_size": 5}
@@ -29,34 +35,6 @@ def make_tensors(length, block_size=4, groups=GROUPS):
         "window_width": (1 + 5 * torch.rand(HEADS, blocks, dtype=torch.float64)).requires_grad_(),
         "memory_bias": double(BATCH, HEADS, length),
     }
-
-
-def make_mask(kind, length):
-    if kind == "none":
-        return None
-    mask = torch.ones(BATCH, length, dtype=torch.bool)
-    if kind == "left":
-        mask[0, : length // 3] = False
-    if kind == "right":
-        mask[0, length - length // 3 :] = False
-    if kind == "ragged":
-        mask = torch.rand(BATCH, length) < 0.5
-    if kind == "whole row":
-        mask[1] = False
-    return mask
-
-
-def assert_same(tensors, ours, theirs, tolerance=1e-10):
-    assert ours.isfinite().all()
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
-    leaves = {name: x for name, x in tensors.items() if isinstance(x, torch.Tensor) and x.requires_grad}
-    upstream = torch.randn_like(ours)
-    grads = [
-        torch.autograd.grad(output, list(leaves.values()), upstream, allow_unused=True, materialize_grads=True)
-        for output in (ours, theirs)
-    ]
-    for name, mine, other in zip(leaves, *grads, strict=True):
-        torch.testing.assert_close(mine, other, rtol=0, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.fixture(params=[1024, 8], ids=["one piece", "many pieces"])

@@ -2,6 +2,8 @@
 
 import functools
 import random
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,9 @@ from danon_lightning.attention.functional import (
     ucsa_attention_reference,
 )
 from danon_lightning.attention.rotary import apply_rotary, cell_positions
+
+sys.path.insert(0, str(Path(__file__).parent))
+from agreement import assert_same, make_mask  # noqa: E402
 
 BATCH, HEADS, GROUPS, WIDTH = 2, 4, 2, 4
 SIZES = {"block_size": 4, "num_selected": 2, "window_blocks": 1, "num_sinks": 3, "tree_factor": 2}
@@ -29,38 +34,9 @@ def make_qkv(length, groups=GROUPS, heads=HEADS):
     }
 
 
-def make_mask(kind, length):
-    if kind == "none":
-        return None
-    mask = torch.ones(BATCH, length, dtype=torch.bool)
-    if kind == "left":
-        mask[0, : length // 3] = False
-    if kind == "right":
-        mask[0, length - length // 3 :] = False
-    if kind == "ragged":
-        mask = torch.rand(BATCH, length) < 0.5
-    if kind == "whole row":
-        mask[1] = False
-    return mask
-
-
 def sparse(*args, **kwargs):
     """The sparse form also where full attention would do."""
     return ucsa_attention(*args, **kwargs, return_stats=True)[0]
-
-
-def assert_same(tensors, ours, theirs, tolerance=1e-10):
-    assert ours.isfinite().all()
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
-    upstream = torch.randn_like(ours)
-    grads = [
-        torch.autograd.grad(
-            output, list(tensors.values()), upstream, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-        for output in (ours, theirs)
-    ]
-    for name, mine, other in zip(tensors, *grads, strict=True):
-        torch.testing.assert_close(mine, other, rtol=0, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.fixture(params=[8192, 16], ids=["one piece", "many pieces"])
