@@ -460,6 +460,8 @@ class DanonHybridStrategy(DDPStrategy):
         """Stop the exchange and unwrap the model."""
         if self._communicator is not None:
             self._communicator.close(failed=self._has_failed)
+        if self._requeue is not None:
+            self._requeue.end()
         super().teardown()
 
 

@@ -22,11 +22,15 @@ class PostponedRequeue:
             trainer: About to fit.
             device: Where ranks communicate.
         """
-        connector = trainer._signal_connector
+        self._connector = connector = trainer._signal_connector
         self._device = device
         self._handle = type(connector)._slurm_sigusr_handler_fn.__get__(connector)
         self._signal, self._is_done = 0, False
         connector._slurm_sigusr_handler_fn = self._note  # type: ignore[method-assign]
+
+    def end(self) -> None:
+        """Give Lightning its handler back, for what the trainer does next."""
+        vars(self._connector).pop("_slurm_sigusr_handler_fn", None)
 
     @staticmethod
     def is_wanted(trainer: pl.Trainer) -> bool:

@@ -14,6 +14,7 @@ from lightning_modules import Wide, loader, make_trainer
 
 from danon_lightning.strategies import DanonHybridStrategy
 from danon_lightning.strategies.pipeline.batches import tensors_in
+from danon_lightning.strategies.preemption import PostponedRequeue
 from danon_lightning.testing import run_distributed
 
 STRATEGIES = {
@@ -53,6 +54,16 @@ def train_undisturbed(folder, name, steps):
     trainer = make_trainer(strategy, 2, max_steps=steps, max_epochs=-1, precision=32)
     trainer.fit(Wide(), loader(*strategy.distributed_sampler_kwargs.values()))
     trainer.save_checkpoint(f"{folder}/undisturbed.ckpt")
+
+
+def test_lightning_gets_its_handler_back():
+    trainer = make_trainer("auto", 1)
+    connector = trainer._signal_connector
+    postponed = PostponedRequeue(trainer, torch.device("cpu"))
+    connector._slurm_sigusr_handler_fn(signal.SIGUSR1, None)
+    assert postponed._signal == signal.SIGUSR1
+    postponed.end()
+    assert connector._slurm_sigusr_handler_fn.__func__ is type(connector)._slurm_sigusr_handler_fn
 
 
 @pytest.mark.slow
