@@ -178,14 +178,12 @@ def draw_row(axes: Axes, routes: list[Route], query: int) -> None:
             axes.broken_barh([(0, query + 1)], (row - 0.3, 0.6), facecolor=route.colour, edgecolor="grey", lw=0.5)
             axes.text(query / 2, row, "all tokens so far, in one matrix", ha="center", va="center", fontsize=7)
             continue
-        for start in range(route.offset, query + 1, route.span):
-            tokens = route.read[query, start : start + route.span]
-            if route.label == "sinks" and not tokens.any():
-                break
-            face = route.colour if tokens.any() else "white"
-            axes.broken_barh(
-                [(start, route.span)], (row - 0.3, 0.6), facecolor=face, edgecolor="silver", linewidth=0.4
-            )
+        starts = range(route.offset, query + 1, route.span)
+        filled = [bool(route.read[query, start : start + route.span].any()) for start in starts]
+        for reads, colour in ((False, "white"), (True, route.colour)):
+            cells = [(start, route.span) for start, read in zip(starts, filled, strict=True) if read is reads]
+            if route.label != "sinks" or reads:
+                axes.broken_barh(cells, (row - 0.3, 0.6), facecolor=colour, edgecolor="silver", linewidth=0.4)
     axes.axvline(query + 0.5, color="black", linewidth=0.8, linestyle=":")
     axes.set_yticks(range(len(routes)), [route.label for route in routes], fontsize=8)
     axes.set_xlim(-1, LENGTH + 1)
@@ -203,7 +201,7 @@ def draw_variant(variant: str) -> Figure:
     for index, route in reversed(list(enumerate(routes, 1))):
         picture[route.read] = index
     colours = ["white", *(route.colour for route in routes)]
-    matrix.imshow(picture, cmap=ListedColormap(colours), vmin=0, vmax=len(routes), interpolation="nearest")
+    matrix.imshow(picture.numpy(), cmap=ListedColormap(colours), vmin=0, vmax=len(routes), interpolation="nearest")
     matrix.axhline(QUERY, color="black", linewidth=0.8, linestyle=":")
     matrix.set_xlabel("token", fontsize=8)
     matrix.set_ylabel("query", fontsize=8)
@@ -246,11 +244,13 @@ def draw_components() -> Figure:
     x, restored, assignment = compressed_signal()
     figure = Figure(figsize=(9, 2.4), dpi=110, layout="constrained")
     axes = figure.subplots()
-    axes.plot(x[:, 0], color="silver", linewidth=2, label="tokens (one channel)")
-    axes.step(range(LENGTH), restored[:, 0], where="mid", color=NEAR, linewidth=1, label="expanded from the cells")
+    axes.plot(x[:, 0].numpy(), color="silver", linewidth=2, label="tokens (one channel)")
+    axes.step(
+        range(LENGTH), restored[:, 0].numpy(), where="mid", color=NEAR, linewidth=1, label="expanded from the cells"
+    )
     sizes = assignment.bincount()
     alone = (sizes[assignment] == 1).nonzero().squeeze(-1)
-    axes.plot(alone, x[alone, 0], "o", color=RED, markersize=4, label="tokens with a cell of their own")
+    axes.plot(alone.numpy(), x[alone, 0].numpy(), "o", color=RED, markersize=4, label="tokens with a cell of their own")
     axes.set_title(f"DynamicCompression: {LENGTH} tokens in {len(sizes)} cells", fontsize=9)
     axes.set_xlabel("token", fontsize=8)
     axes.tick_params(labelsize=7)
