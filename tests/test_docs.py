@@ -1,10 +1,12 @@
 """What the documentation shows is run."""
 
+import importlib.util
 import inspect
 import math
 import re
 import sys
-from dataclasses import fields
+import time
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,12 @@ from danon_lightning.testing import launch_ranks, run_distributed
 DOCS = Path(__file__).parents[1] / "docs"
 
 
+def python_blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), flags=re.DOTALL)
+
+
 def python_block(page: str, containing: str) -> str:
-    blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), flags=re.DOTALL)
-    [block] = [block for block in blocks if containing in block]
+    [block] = [block for block in python_blocks(page) if containing in block]
     return block
 
 
@@ -57,12 +62,160 @@ def test_the_example_of_a_variant_is_causal_and_streams_like_its_parallel_form(m
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-5)
 
 
-def test_the_examples_of_text_and_of_parts_run():
-    names = run_block("attention.md", "generate_texts")
+# The pages of attention variants, and the name of each.
+VARIANT_PAGES = {f"attention/{variant}.md": variant for variant in ("msra", "dala", "ucsa", "infinite", "super_hybrid")}
+
+
+def run_page(page: str) -> dict[str, object]:
+    """Run all examples of a page one after another; what they take for granted is there."""
+    torch.manual_seed(0)
+    input_ids = torch.randint(0, 256, (2, 300))
+    names: dict[str, object] = {
+        "__name__": "docs_example",
+        "input_ids": input_ids,
+        "attention_mask": torch.ones_like(input_ids),
+        "labels": input_ids.roll(-1, dims=1),
+        "chunks": input_ids[:1].split(120, dim=1),
+        "hidden": torch.randn(2, 50, 256),
+    }
+    for block in python_blocks(page):
+        exec(compile(block, page, "exec", dont_inherit=True), names)
+    return names
+
+
+def test_the_examples_of_attention_run_in_order(monkeypatch):
+    from danon_lightning.attention import registry
+
+    monkeypatch.setattr(registry, "_variants", dict(registry._variants))
+    names = run_page("attention.md")
+    assert names["hidden"].shape == (2, 300, 256) and names["output"].last_hidden_state.shape == (1, 60, 256)
     assert [text[:11] for text in names["texts"]][1] == "class Model" and len(names["first"]) == 1
-    names = run_block("attention.md", "DynamicCompression(", {"hidden": torch.randn(2, 50, 256)})
-    assert names["restored"].shape == (2, 50, 256)
+    assert names["efficiency"].information_retention < 1
+
+
+def test_the_examples_of_parts_run():
+    names = run_page("attention/components.md")
+    assert names["restored"].shape == (2, 50, 256) and 0 < names["error"] < 1
     assert names["cells"].shape == (2, round(50 * names["stats"].ratio), 256)
+    assert names["level_stats"][1].ratio < names["level_stats"][0].ratio and names["coarse"].shape == (2, 50, 256)
+    assert torch.equal(names["found"][0], names["hidden"])
+    assert torch.equal(names["calm"], names["hidden"]), "nothing is changed before the warm-up is over"
+    assert names["fused"].shape == names["hidden"].shape
+    torch.testing.assert_close(names["part"], names["read"][:, :, :20])
+
+
+def test_the_examples_of_variants_run():
+    names = run_page("attention/msra.md")
+    assert names["first_layer"].sum().item() == pytest.approx(1, abs=1e-5)
+    torch.testing.assert_close(names["weights"].sum(dim=-1), torch.ones(2, 4, 300))
+    assert 0 < names["stats"]["compression_ratio"] < 1
+    names = run_page("attention/dala.md")
+    assert names["output"].router_logits[0].shape == (2, 2, 4, 300) and names["added"].shape == (4, 2, 4)
+    assert names["scores"].shape == (4, 2, 300) and (names["scores"] == 0.5).all(), "one half at the start"
+    names = run_page("attention/ucsa.md")
+    assert names["blocks"].shape[:3] == (2, 4, 300) and names["blocks"].max() >= 0
+    assert names["compressed"].shape[1] <= 150 and names["restored"].shape == (2, 300, 256)
+    names = run_page("attention/infinite.md")
+    assert names["share"].item() == pytest.approx(0.12, abs=0.005) and len(names["first"]) == 1
+    names = run_page("attention/super_hybrid.md")
+    torch.testing.assert_close(names["shares"], torch.full((3,), 1 / 3))
+    assert names["stats"].passes == 1 and names["importance"].shape == (2, 300)
+
+
+def default_of(field) -> object:
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def test_all_settings_of_attention_are_listed_with_their_defaults():
+    from danon_lightning.attention import AttentionConfig, get_variant
+
+    shared = {field.name: default_of(field) for field in fields(AttentionConfig)}
+    configs = {"attention.md": AttentionConfig}
+    configs |= {page: get_variant(variant).config_class for page, variant in VARIANT_PAGES.items()}
+    for page, config in configs.items():
+        expected = {field.name: default_of(field) for field in fields(config)}
+        if config is not AttentionConfig:
+            assert "../attention.md#shared-settings" in (DOCS / page).read_text()
+        [(_, *rows)] = [table for table in tables(page) if table[0][0] == "Setting"]
+        listed = {row[0].strip("`"): eval(row[1].strip("`")) for row in rows}
+        own = {name: x for name, x in expected.items() if config is AttentionConfig or shared.get(name, ...) != x}
+        assert listed == own, page
+        assert all(len(row[2]) > 5 for row in rows), page
+        for table in tables(page):
+            if table[0][0] == "Called elsewhere":
+                for _, there, here, default in table[1:]:
+                    name = re.match(r"`(\w+)`", here)
+                    if default:
+                        assert name and eval(default.strip("`")) == expected[name[1]], (page, here)
+                        assert there, (page, here)
+
+
+def test_all_arguments_of_parts_are_listed_with_their_defaults():
+    from danon_lightning.attention import components
+
+    page = (DOCS / "attention/components.md").read_text()
+    for section in page.split("\n## ")[1:-1]:
+        name, text = section.split("\n", 1)
+        rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*) \|$", text, flags=re.MULTILINE)
+        listed = {argument: default.strip("`") for argument, default, _ in rows}
+        expected = {}
+        for argument in inspect.signature(getattr(components, name)).parameters.values():
+            required = "none" if argument.kind is argument.VAR_KEYWORD else "required"
+            expected[argument.name] = required if argument.default is argument.empty else argument.default
+        assert listed.keys() == expected.keys(), name
+        for argument, default in expected.items():
+            written = listed[argument]
+            assert written == default or eval(written, {"time": time}) == default, (name, argument)
+        assert f"[`{name}`](#{name.lower()})" in page
+    for name in components.__all__:
+        assert name in page, f"components.md does not tell of {name}"
+
+
+def test_the_details_and_methods_of_models_are_listed():
+    from danon_lightning import attention
+
+    for page, variant in VARIANT_PAGES.items():
+        config_class, text = attention.get_variant(variant).config_class, (DOCS / page).read_text()
+        [model] = [cls for cls in attention.AttentionModel.__subclasses__() if cls.config_class is config_class]
+        names = [name for name in vars(model) if not name.startswith("_") and callable(getattr(model, name))]
+        names = [name for name in names if name not in ("config_class", "output_class")]
+        for name in [*names, *model.output_class.all_details(), model.__name__]:
+            assert re.search(rf"\b{name}\b", text), f"{page} does not tell of {name}"
+
+
+# ---- pictures of what attention reads
+
+
+@pytest.fixture(scope="module")
+def draw():
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install matplotlib")
+    spec = importlib.util.spec_from_file_location("docs_draw", DOCS / "attention" / "draw.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_pictures_are_drawn_and_shown(draw, tmp_path):
+    drawn = {path.name for path in draw.main(tmp_path)}
+    shown = {name for page in DOCS.glob("attention/*.md") for name in re.findall(r"!\[.+\]\((.*)\)", page.read_text())}
+    assert drawn == shown == {path.name for path in DOCS.glob("attention/*.png")}
+    for path in tmp_path.glob("*.png"):
+        assert path.read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("variant", ["msra", "ucsa", "dala", "infinite"])
+def test_pictures_show_every_past_token_once(draw, variant):
+    """As the pages say; of DALA and infinite attention only what is not in the state as well."""
+    routes = draw.routes_of(variant)
+    past = torch.ones(draw.LENGTH, draw.LENGTH).tril()
+    count = sum(route.read.int() for route in routes if route.span)
+    if variant in ("msra", "ucsa"):
+        assert torch.equal(count.float(), past)
+    else:
+        assert count.max() == 1 and (count <= past).all()
+        [state] = [route for route in routes if not route.span]
+        assert torch.equal(state.read.float(), past)
+    assert all(route.read[draw.QUERY].any() for route in routes), "the chosen query shows every route"
 
 
 # ---- a compressor of one's own
@@ -247,7 +400,10 @@ def test_all_statistics_are_listed():
     assert listed == {field.name for field in fields(CommunicationStats)}
 
 
-@pytest.mark.parametrize("page", sorted(path.name for path in DOCS.glob("*.md")) + ["../README.md"])
+PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
+
+
+@pytest.mark.parametrize("page", [*PAGES, "../README.md"])
 def test_links_lead_somewhere(page):
     text = (DOCS / page).read_text()
     for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text):
