@@ -33,9 +33,10 @@ class LanguageModel(TextGeneration):
         optimizer: How it is optimized, or its fields as a mapping.
         chunk_length: If given, batches are worked on in chunks of so many symbols, through the streaming form, and
             gradients are truncated at their borders: backpropagation through time for long documents. The loss stays
-            the same, since a chunk sees through the state what the parallel form would let it see; but it sends no
-            gradient there. Activations are held for one chunk at a time, beside the state and one copy of all
-            gradients (``models/truncation.py`` says how, and why not to use it with float16).
+            the same, since a chunk sees through the state what the parallel form would let it see (with UCSA as long
+            as its cache holds all blocks); but it sends no gradient there. Activations are held for one chunk at a
+            time, beside the state and one copy of all gradients (``models/truncation.py`` says how, and why not to use
+            it with float16).
             Models that stream without end take batches longer than ``max_sequence_length``.
 
     Raises:

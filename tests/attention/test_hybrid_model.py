@@ -69,6 +69,7 @@ def test_layers_take_turns():
 def test_settings_reach_the_components():
     config = SuperHybridConfig(components="msra+dala", num_levels=2, settings={"dala": {"memory_size": 7}})
     assert config.component_config("msra").num_levels == 2 and config.component_config("dala").memory_size == 7
+    assert SuperHybridConfig(components="msra", compression_ratio=0.125).component_config("msra").pool_factor == 8
     plain = SuperHybridConfig(components="dala", enable_all_optimizations=False)
     assert not plain.component_config("dala").use_recursive_state
     assert not plain.component_config("dala").use_adaptive_router
@@ -110,6 +111,15 @@ def test_the_monitor_measures():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+def test_the_monitor_counts_recomputed_passes_once():
+    model = build("super_hybrid", components="msra+dala", settings=SMALL, gradient_checkpointing=True)
+    with model.performance_monitor() as stats:
+        output = model(IDS).last_hidden_state
+        spent = dict(stats.computation_time)
+        output.sum().backward()
+    assert stats.passes == 1 and stats.computation_time == spent and stats.memory_usage == {"msra": 0, "dala": 0}
+
+
 def test_time_is_that_of_the_component():
     model = build("super_hybrid", components="msra+dala", settings=SMALL, num_layers=1)
     dala, forward = model.layers[0].core.components["dala"], model.layers[0].core.components["dala"].forward
@@ -135,6 +145,7 @@ def test_time_is_that_of_the_component():
         ({"components": "msra", "prior": {"dala": 1.0}}, "prior names dala, but components='msra' does not"),
         ({"components": "msra", "settings": {"msra": {"block_size": 0}}}, "block_size=0"),
         ({"components": "msra", "router_temperature": 0.0}, "router_temperature=0.0 must be positive"),
+        ({"components": "msra", "compression_ratio": 0.4}, "compression_ratio=0.4 must be one over an integer"),
         ({"components": "msra", "diversity_weight": -1.0}, "diversity_weight=-1.0 must not be negative"),
         ({"components": "msra+dala", "causal": False}, "causal=False is not possible with dala"),
     ],

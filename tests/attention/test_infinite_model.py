@@ -66,6 +66,8 @@ def test_the_memory_reaches_what_the_window_does_not():
         ({"compression_ratio": None, "min_compression_ratio": 0.25, "sliding_window": 1024}, 4, 3),
         ({"compression_ratio": None, "max_compression_ratio": 0.125}, 8, 2),
         ({"local_window": 256, "compression_ratio": None}, 2, 2),
+        ({"compression_ratio": None, "sliding_window": 640}, 8, 2),  # 5 does not divide a block
+        ({"compression_ratio": None, "sliding_window": 100_000}, 16, 4),
     ],
 )
 def test_windows_and_ratios_decide_about_the_levels(settings, pool_factor, levels):
@@ -93,7 +95,16 @@ def test_long_sequences_do_not_warn(recwarn):
     [
         ({"local_window": 7}, "local_window=7 must be even"),
         ({"local_window": 0}, "local_window=0 must be an integer of at least 1"),
-        ({"local_window": 10}, "block_size=5 must be a positive multiple of the pooling factor 2"),
+        ({"local_window": 10}, "local_window=10 does not fit compression_ratio=0.5: .* use local_window=8"),
+        (
+            {
+                "local_window": 10,
+                "compression_ratio": None,
+                "max_compression_ratio": 0.25,
+                "min_compression_ratio": 0.25,
+            },
+            "local_window=10 does not fit compression_ratio=None: .* cells of 4 tokens; use local_window=8",
+        ),
         ({"memory_size": 0}, "memory_size=0 must be an integer of at least 1"),
         ({"compression_ratio": 0.4}, "compression_ratio=0.4 must be one over an integer"),
         ({"compression_ratio": 0.01}, "compression_ratio=0.01 must lie between"),

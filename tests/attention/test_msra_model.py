@@ -43,6 +43,7 @@ def test_attention_weights_are_those_of_the_tokens(causal):
 def test_attention_weights_need_one_softmax():
     with pytest.raises(ValueError, match="feature_fusion='concat' has no common weights"):
         build("msra", feature_fusion="concat").compute_attention_weights(IDS)
+    assert build("msra", feature_fusion="concat")(IDS, output_details=("attentions",)).attentions is None
 
 
 def test_level_weights_are_shares():

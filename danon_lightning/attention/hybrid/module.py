@@ -1,5 +1,6 @@
 """SuperHybrid as a variant of the model: its settings, its gate, its registration."""
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -20,7 +21,6 @@ __all__ = ["SuperHybridAttention", "SuperHybridConfig", "SuperHybridModel", "Sup
 # What ``enable_all_optimizations=False`` leaves out of each component.
 PLAIN: dict[str, dict[str, Any]] = {
     "dala": {"use_adaptive_router": False, "use_recursive_state": False},
-    "ucsa": {"error_tolerance": 0.0, "error_compensation": None},
 }
 
 
@@ -34,14 +34,15 @@ class SuperHybridConfig(AttentionConfig):
         settings: Settings of single components by their name, such as ``{"dala": {"memory_size": 64}}``.
         num_levels: Levels of ``msra``.
         sparsity_factor: The setting of ``ucsa``; ``None`` for its default.
-        compression_ratio: The setting of ``ucsa``; ``None`` for its default.
+        compression_ratio: Length of a level of summaries of ``msra`` over the length of the one below, one over an
+            integer; ``None`` for its default.
         router_temperature: Divides the logits of the gate; a high one makes components count more equally.
         prior: Added to the logits of the gate, by component: the better one is known to be, the larger. See
             ``component_prior`` for one made of measured scores.
         diversity_weight: What training adds to the loss, times the mean entropy of the weights, with a minus: above 0
             no component is given up early.
-        enable_all_optimizations: ``False`` leaves out the optional parts of the components (router and recurrent state
-            of ``dala``, error compensation of ``ucsa``), to see what they are worth; ``settings`` come first.
+        enable_all_optimizations: ``False`` leaves out the optional parts of the components, that is router and
+            recurrent state of ``dala``, to see what they are worth; ``settings`` come first.
 
     Raises:
         ValueError: If a setting is out of range or does not fit another one, or a component is not registered.
@@ -65,6 +66,10 @@ class SuperHybridConfig(AttentionConfig):
         object.__setattr__(self, "prior", dict(self.prior))
         self._require(self.router_temperature > 0, "router_temperature", "must be positive")
         self._require(self.diversity_weight >= 0, "diversity_weight", "must not be negative")
+        if self.compression_ratio is not None:
+            ratio = self.compression_ratio
+            whole = 0 < ratio <= 0.5 and math.isclose(1 / ratio, round(1 / ratio), rel_tol=1e-3)
+            self._require(whole, "compression_ratio", "must be one over an integer of at least 2, for instance 0.25")
         used = {name for layer in self._by_layer for name in layer}
         for layer in self._by_layer:
             valid = all(layer) and len(set(layer)) == len(layer) and "super_hybrid" not in layer
@@ -94,8 +99,11 @@ class SuperHybridConfig(AttentionConfig):
     def component_config(self, name: str) -> AttentionConfig:
         """Return the settings of a component."""
         given: dict[str, dict[str, Any]] = {
-            "msra": {"num_levels": self.num_levels},
-            "ucsa": {"sparsity_factor": self.sparsity_factor, "compression_ratio": self.compression_ratio},
+            "msra": {
+                "num_levels": self.num_levels,
+                "compression_factor": None if self.compression_ratio is None else round(1 / self.compression_ratio),
+            },
+            "ucsa": {"sparsity_factor": self.sparsity_factor},
         }
         settings = {item.name: getattr(self, item.name) for item in fields(AttentionConfig)}
         settings |= {key: value for key, value in given.get(name, {}).items() if value is not None}

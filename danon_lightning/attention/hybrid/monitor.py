@@ -22,7 +22,7 @@ class PerformanceStats:
     Attributes:
         computation_time: Seconds spent in the forward passes of a component.
         memory_usage: Most bytes that a forward pass of a component, in all layers together, has kept for its backward
-            pass, beyond inputs and parameters; 0 without gradients.
+            pass, beyond inputs and parameters; 0 without gradients, and where all is computed again.
         attention_distribution: Mean weight of a component in the output; over all components of a layer they add up to
             one, and layers without a component do not count.
         passes: Number of forward passes of the model.
@@ -52,27 +52,45 @@ def monitoring(
     """
     stats = PerformanceStats()
     kept: dict[str, int] = {}
-    running: dict[AttentionCore, tuple[float, KeptBytes]] = {}
+    running: dict[AttentionCore, tuple[float, KeptBytes | None]] = {}
+    # Checkpointed activations are computed once more in the backward pass, which is not to be measured.
+    in_forward = False
     shares: dict[str, list[float]] = {}
 
     def before(core: AttentionCore, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not in_forward:
+            return
         _wait(args[0].device)
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        counter = KeptBytes([*tensors, *core.parameters()])
-        counter.__enter__()
+        # What is computed again is not kept, and has hooks of its own.
+        recomputed = core.training and (core.config.gradient_checkpointing or core.config.memory_efficient)
+        counter = None if recomputed else KeptBytes([*tensors, *core.parameters()])
+        if counter is not None:
+            counter.__enter__()
         running[core] = (time.perf_counter(), counter)
 
     def after_component(name: str, core: AttentionCore, args: tuple[Any, ...]) -> None:
+        if core not in running:
+            return
         _wait(args[0].device)
         started, counter = running.pop(core)
-        counter.__exit__(None, None, None)
+        if counter is not None:
+            counter.__exit__(None, None, None)
+            kept[name] = kept.get(name, 0) + counter.count
+        else:
+            kept.setdefault(name, 0)
         stats.computation_time[name] = stats.computation_time.get(name, 0.0) + time.perf_counter() - started
-        kept[name] = kept.get(name, 0) + counter.count
 
     with ExitStack() as stack:
         observed = stack.enter_context(observing(hybrids, ["component_weights"]))
 
+        def before_pass(*_: Any) -> None:
+            nonlocal in_forward
+            in_forward = True
+
         def after_pass(*_: Any) -> None:
+            nonlocal in_forward
+            in_forward = False
             stats.passes += 1
             for name, count in kept.items():
                 stats.memory_usage[name] = max(stats.memory_usage.get(name, 0), count)
@@ -91,6 +109,7 @@ def monitoring(
                     lambda core, args, _, name=name: after_component(name, core, args), always_call=False
                 )
                 stack.callback(hook.remove)
+        stack.callback(model.register_forward_pre_hook(before_pass).remove)
         stack.callback(model.register_forward_hook(after_pass).remove)
         yield stats
 

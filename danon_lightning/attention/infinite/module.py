@@ -30,7 +30,8 @@ class InfiniteAttentionConfig(AttentionConfig):
         sliding_window: Tokens back that the softmax reaches: beyond the local window through summaries, on as many
             levels as it takes.
         compression_ratio: Length of a level of summaries over the length of the one below, one over an integer; or
-            ``None`` for the ratio with which a single level reaches as far as ``sliding_window``.
+            ``None`` for the largest one that fits the window and with which a single level reaches as far as
+            ``sliding_window``, if there is one.
         min_compression_ratio: Least ratio.
         max_compression_ratio: Largest ratio.
         memory_size: Rows of the linear memory of a head; ``None``: as many as the head is wide, and no projection.
@@ -71,7 +72,13 @@ class InfiniteAttentionConfig(AttentionConfig):
             whole = math.isclose(1 / self.compression_ratio, round(1 / self.compression_ratio), rel_tol=1e-3)
             self._require(whole, "compression_ratio", "must be one over an integer, for instance 0.25")
         self._require(self.causal, "causal", "is not possible with infinite: its memory is of the past")
-        _ = self.msra  # Raises if the window does not fit the ratio.
+        if self.pool_factor == 0 or self.local_window // 2 % self.pool_factor:
+            factor = self.pool_factor or self._factors[0]
+            nearest = 2 * factor * max(1, round(self.local_window / (2 * factor)))
+            raise ValueError(
+                f"local_window={self.local_window} does not fit compression_ratio={self.compression_ratio}: half of it "
+                f"must be whole cells of {factor} tokens; use local_window={nearest}"
+            )
 
     @property
     def pool_factor(self) -> int:
@@ -79,11 +86,15 @@ class InfiniteAttentionConfig(AttentionConfig):
         if self.compression_ratio is not None:
             return round(1 / self.compression_ratio)
         wanted = math.ceil(self.sliding_window / self.local_window)
-        least, most = (
-            math.ceil(1 / self.max_compression_ratio - 1e-9),
-            math.floor(1 / self.min_compression_ratio + 1e-9),
-        )
-        return min(max(wanted, least), most)
+        # Blocks, half a window each, consist of whole cells.
+        fitting = [factor for factor in self._factors if self.local_window // 2 % factor == 0]
+        return min((factor for factor in fitting if factor >= wanted), default=max(fitting, default=0))
+
+    @property
+    def _factors(self) -> range:
+        """Pooling factors between the limits of the ratio."""
+        least = math.ceil(1 / self.max_compression_ratio - 1e-9)
+        return range(least, math.floor(1 / self.min_compression_ratio + 1e-9) + 1)
 
     @property
     def msra(self) -> MSRAConfig:

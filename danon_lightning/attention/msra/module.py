@@ -170,7 +170,8 @@ class MSRAAttention(AttentionCore):
         output = attend(
             v, value_maps=self.value_maps, feature_fusion=self._feature_fusion(x), dropout_p=self._dropout_p()
         )
-        self._observe("attentions", lambda: attend(_names(v)))
+        if self.fusion is None:
+            self._observe("attentions", lambda: attend(_names(v)))
         self._observe("level_weights", lambda: attend(v, return_stats=True)[1].level_weights)
         if self.geometry.active_levels(x.shape[1]) == 1:
             output = self._keep_unused(output, level_bias)
@@ -212,7 +213,8 @@ class MSRAAttention(AttentionCore):
 
     def _leave_out_of_reach(self) -> None:
         """Tell the user, once, that what is far back is not seen."""
-        _warn_out_of_reach(self.geometry.reach)
+        if not torch.compiler.is_compiling():
+            _warn_out_of_reach(self.geometry.reach)
 
     def _feature_fusion(self, x: Tensor) -> FeatureFusion:
         if isinstance(self.fusion, WeightedFusion):
@@ -251,6 +253,7 @@ class MSRAOutput(AttentionModelOutput):
     Attributes:
         attentions: For each layer, how much of the value of each token is in the output ``[b, H, n, n]``, if asked for
             with ``output_details=("attentions",)``: the weight of a cell, times the share of the token in the cell.
+            ``None`` where levels are fused other than in one softmax.
         level_weights: For each layer, the share of each level in the softmax ``[b, H, n, L]``, if asked for.
     """
 
@@ -305,7 +308,8 @@ class MSRAModel(AttentionModel):
 
         Returns:
             ``compression_ratio``: cells that a token sees over the tokens that it would see under full attention, in
-            the mean; ``information_retention``, ``computation_savings`` and ``memory_savings`` as in ``Efficiency``.
+            the mean and without padding; ``information_retention``, ``computation_savings`` and ``memory_savings`` as
+            in ``Efficiency``.
         """
         efficiency = measure_efficiency(self, input_ids, attention_mask)
         length, causal, geometry = input_ids.shape[1], self.config.causal, self.config.geometry

@@ -1,5 +1,6 @@
 """UCSA as a variant of the model: its settings, what it learns about errors, its registration."""
 
+import functools
 import math
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -163,7 +164,8 @@ class UCSAAttention(AttentionCore):
         self.register_buffer("training_step", torch.empty((), dtype=torch.int64))
         self.register_buffer("error_mean", torch.empty(()))
         self.register_buffer("error_variance", torch.empty(()))
-        self._newest_errors: Tensor | None = None
+        # Number, sum and sum of squares of the errors since the last step.
+        self._error_moments: Tensor | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -218,6 +220,7 @@ class UCSAAttention(AttentionCore):
             output = ucsa_attention(q, k, v, causal=config.causal, key_padding_mask=key_padding_mask, **settings)
             settings["dropout_p"] = 0.0
 
+            @functools.cache
             def stats() -> UCSAStats:
                 _, measured = ucsa_attention(
                     q, k, v, causal=config.causal, key_padding_mask=key_padding_mask, return_stats=True, **settings
@@ -246,9 +249,10 @@ class UCSAAttention(AttentionCore):
         return torch.cat(outputs, dim=2), state
 
     def _compensate(self, errors: Tensor) -> Tensor:
-        """Return the bonus of blocks that their summaries tell little of, and keep their errors for ``finish_step``."""
+        """Return the bonus of blocks that their summaries tell little of; in training, count the errors."""
         if self.training:
-            self._newest_errors = errors.detach()
+            moments = torch.stack([torch.ones_like(errors), errors, errors.square()]).flatten(1).sum(dim=1).detach()
+            self._error_moments = moments if self._error_moments is None else self._error_moments + moments
         assert self.config.error_compensation is not None
         return compensate_errors(
             errors,
@@ -261,11 +265,12 @@ class UCSAAttention(AttentionCore):
     def finish_step(self, training_step: int) -> None:
         """Move the schedule on, and the running mean and spread of the errors; see ``AttentionCore.finish_step``."""
         self.training_step.fill_(training_step)
-        if self._newest_errors is not None:
-            errors = self._newest_errors.to(self.error_mean.dtype)
-            self.error_mean.lerp_(errors.mean(), 1 - ERROR_MOMENTUM)
-            self.error_variance.lerp_((errors - self.error_mean).square().mean(), 1 - ERROR_MOMENTUM)
-            self._newest_errors = None
+        if self._error_moments is not None:
+            count, total, squares = self._error_moments.to(self.error_mean.dtype)
+            self.error_mean.lerp_(total / count, 1 - ERROR_MOMENTUM)
+            variance = squares / count - 2 * self.error_mean * total / count + self.error_mean.square()
+            self.error_variance.lerp_(variance.clamp(min=0.0), 1 - ERROR_MOMENTUM)
+            self._error_moments = None
 
 
 class UCSAModel(AttentionModel):
@@ -283,18 +288,18 @@ class UCSAModel(AttentionModel):
     def __init__(self, config: UCSAConfig | None = None, **overrides: object) -> None:
         """Create the layers."""
         super().__init__(config, **overrides)
-        self.cache = AttentionCache(max_entries=self.config.max_cache_size or None, policy=self.config.cache_strategy)
+        self.cache = AttentionCache(policy=self.config.cache_strategy)
 
     @cached_property
     def compression(self) -> DynamicCompression:
         """What compresses sequences.
 
         It is made when it is first asked for, and its parameters are none of the model's: the forward pass does not use
-        it, and its ``update_compression_params`` trains it.
+        it, and its ``update_compression_params`` trains it. It is in evaluation mode: the ratio stays.
         """
         ratio, weight = self.config.compression_ratio, self.token_embedding.weight
         compression = DynamicCompression(self.config.hidden_size, min(0.1, ratio), ratio)
-        return compression.to(weight.device, weight.dtype)
+        return compression.to(weight.device, weight.dtype).eval()
 
     def compress_sequence(self, hidden_states: Tensor) -> CompressedSequence:
         """Compress hidden states, or anything of their width, to at most ``compression_ratio`` of their length.
@@ -323,7 +328,7 @@ class UCSAModel(AttentionModel):
         return self.compression.decompress(compressed, (batch, original_length, width))
 
     def update_cache(self, key: Hashable, value: CacheValue) -> None:
-        """Keep tensors under a key, in ``cache``, which has limits and statistics; see ``AttentionCache``.
+        """Keep tensors under a key, in ``cache``, an ``AttentionCache`` that drops entries by ``cache_strategy``.
 
         Args:
             key: For instance the ids of a prefix, as a tuple.
