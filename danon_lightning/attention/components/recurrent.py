@@ -14,6 +14,8 @@ __all__ = ["RecurrentState"]
 
 # The slowest head forgets half of what it holds in 277 tokens.
 SLOWEST_DECAY = 0.9975
+# Only a vector of zeros, which stays one, is as short as this.
+UNIT_EPS = 1e-24
 
 
 class RecurrentState(nn.Module):
@@ -124,7 +126,7 @@ class RecurrentState(nn.Module):
         Returns:
             What is read ``[b, H, n, d]`` in the dtype of ``v``, and the new state if one was given.
         """
-        query, key = (F.normalize(F.silu(part), dim=-1) for part in (q, k))
+        query, key = (_scaled(F.silu(part), UNIT_EPS) for part in (q, k))
         gates = torch.promote_types(x.dtype, torch.float32)
         log_decay = F.logsigmoid(self.decay(x).to(gates).transpose(1, 2) + self.decay_offset.to(gates).unsqueeze(-1))
         rates = self.rate(x).to(gates).transpose(1, 2).sigmoid()  # [b, H, n]
@@ -133,7 +135,7 @@ class RecurrentState(nn.Module):
             log_decay, rates = log_decay.masked_fill(padding, 0.0), rates.masked_fill(padding, 0.0)
         if state is None:
             read, _ = self._run(query, key, v, log_decay, rates, None)
-            return self._scaled(read), None
+            return self._read_out(read), None
         waiting = state["rates"].shape[-1]
         key = torch.cat([state["keys"].to(key.dtype), key], dim=2)
         v = torch.cat([state["values"].to(v.dtype), v], dim=2)
@@ -150,7 +152,7 @@ class RecurrentState(nn.Module):
             "log_decay": log_decay[:, :, kept].clone(),
             "rates": rates[:, :, kept].clone(),
         }
-        return self._scaled(read[:, :, waiting:]), new_state
+        return self._read_out(read[:, :, waiting:]), new_state
 
     def _run(
         self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, rates: Tensor, matrix: Tensor | None
@@ -179,5 +181,15 @@ class RecurrentState(nn.Module):
         before, after = read.unflatten(2, (groups, 2, step)).unbind(3)
         return torch.cat([before[:, :, :, :-1], after[:, :, :, -1:]], dim=3).flatten(2, 3)[:, :, :length], matrix
 
-    def _scaled(self, read: Tensor) -> Tensor:
-        return F.rms_norm(read, read.shape[-1:], eps=self.eps) * self.gain.to(read.dtype).unsqueeze(1)
+    def _read_out(self, read: Tensor) -> Tensor:
+        """Divide by the root mean square, and multiply by the gain."""
+        width = read.shape[-1]
+        return _scaled(read, self.eps * width) * (self.gain * width**0.5).to(read.dtype).unsqueeze(1)
+
+
+def _scaled(x: Tensor, eps: float) -> Tensor:
+    """Divide by the root of the sum of squares of the last dimension, and of ``eps``."""
+    # Several times as fast as normalize and rms_norm on CPUs.
+    wide = torch.promote_types(x.dtype, torch.float32)
+    square = torch.linalg.vecdot(x.to(wide), x.to(wide)).unsqueeze(-1)
+    return x * (square + eps).rsqrt().to(x.dtype)
