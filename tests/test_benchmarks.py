@@ -28,6 +28,7 @@ def test_the_cost_of_kernels_is_printed_and_written(tmp_path):
     assert json.loads(file.read_text())["eager"]["compiled"] is False
 
 
+@pytest.mark.slow
 def test_the_cost_in_quality_is_printed_and_written(tmp_path):
     file = tmp_path / "quality.json"
     variants = ["int8", "sgd topk 1 %, warm-up, momentum correction"]
@@ -39,6 +40,7 @@ def test_the_cost_in_quality_is_printed_and_written(tmp_path):
     assert all(0.5 < row["ratio"] < 2 for row in results.values())
 
 
+@pytest.mark.slow
 def test_the_cost_of_pipelines_is_printed_and_drawn(tmp_path):
     file = tmp_path / "timeline.png"
     output = run("pipeline.py", "--only", "1f1b", "--steps", "5", "--micro-batches", "2", "--plot", str(file))

@@ -21,6 +21,7 @@ from danon_lightning.benchmark.communication.workload import Workload
 from danon_lightning.testing import EmulatedHosts
 
 
+@pytest.mark.slow
 def test_without_hosts_it_says_so_and_measures_on_loopback(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(EmulatedHosts, "unavailable_reason", staticmethod(lambda: "this is a test"))
     files = {name: tmp_path / name for name in ("run.json", "plot.png")}
@@ -92,6 +93,7 @@ def test_variants_that_fail_are_reported_and_leave_nothing_behind(tmp_path):
             os.kill(process, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.hosts
 def test_interrupted_it_leaves_nothing_behind():
     command = [sys.executable, "-u", "-m", "danon_lightning.benchmark.command_line", "communication"]

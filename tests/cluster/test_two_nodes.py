@@ -76,6 +76,7 @@ def test_two_nodes_train_like_one_process(emulated_hosts, tmp_path):
     assert validation(tmp_path / "two") == pytest.approx(validation(tmp_path / "one"), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_job_file_starts_the_same_job_and_int8_spares_the_link(emulated_hosts, tmp_path):
     """With eight-bit gradients about a quarter of the bytes of float32 cross the link between the nodes."""
     sent = {}

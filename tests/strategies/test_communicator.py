@@ -483,6 +483,7 @@ def count_buckets(communicator):
     return buckets
 
 
+@pytest.mark.slow
 def test_a_hundred_of_a_hundred_runs_with_several_buckets_complete(tmp_path):
     assert run_distributed(check_many_runs, 4, str(tmp_path), timeout=200) == [100] * 4
 

@@ -213,6 +213,7 @@ def break_it(patch, reason, mesh, folder):
         patch.setattr(tempfile, "tempdir", str(long))
 
 
+@pytest.mark.slow
 def test_ranks_that_cannot_share_memory_use_gloo_with_equal_results(tmp_path):
     run_distributed(check_use_and_fallback, 4, str(tmp_path), timeout=250)
 

@@ -130,6 +130,7 @@ def keep_to_what_was_asked():
     return strategy.mesh.pipelines_across_nodes
 
 
+@pytest.mark.slow
 def test_nothing_moves_under_a_sampler_that_has_been_made():
     assert run_distributed(keep_to_what_was_asked, 4, ranks_per_node=2) == [False] * 4
 
@@ -254,5 +255,6 @@ def train_with_weights():
             make_trainer(strategy, 2, max_steps=1, max_epochs=-1).fit(Tied(), loader())
 
 
+@pytest.mark.slow
 def test_weights_that_make_no_mean_are_refused():
     run_distributed(train_with_weights, 2)

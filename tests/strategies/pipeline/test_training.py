@@ -270,10 +270,10 @@ def try_to_fit(case):
     ("case", "message"),
     [
         ("manual", "need automatic optimization, but Manual sets automatic_optimization=False"),
-        ("average", "StochasticWeightAveraging copies the whole module"),
+        pytest.param("average", "StochasticWeightAveraging copies the whole module", marks=pytest.mark.slow),
         ("reading", r"test_training.py|lightning_modules.py"),
-        ("batches", "the ranks of a pipeline have been given different batches"),
-        ("cut", r"cuts \(0, 7, 4\) must ascend from 0 to 4, the number of blocks"),
+        pytest.param("batches", "the ranks of a pipeline have been given different batches", marks=pytest.mark.slow),
+        pytest.param("cut", r"cuts \(0, 7, 4\) must ascend from 0 to 4, the number of blocks", marks=pytest.mark.slow),
     ],
 )
 def test_what_cannot_work_is_refused_on_every_rank(case, message):

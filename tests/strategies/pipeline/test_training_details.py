@@ -127,8 +127,8 @@ def refuse(case):
     ("case", "message"),
     [
         ("synchronized", "SyncBatchNorm .* talks to all ranks"),
-        ("norm", "SyncBatchNorm .* talks to all ranks"),
-        ("lbfgs", "LBFGS decides by its own parameters"),
+        pytest.param("norm", "SyncBatchNorm .* talks to all ranks", marks=pytest.mark.slow),
+        pytest.param("lbfgs", "LBFGS decides by its own parameters", marks=pytest.mark.slow),
         ("again", "has been trained with pipeline stages by another Trainer"),
     ],
 )
