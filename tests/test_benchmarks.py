@@ -22,6 +22,7 @@ def run(script, *arguments):
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout
 
 
+@pytest.mark.slow
 def test_the_cost_of_kernels_is_printed_and_written(tmp_path):
     file = tmp_path / "kernels.json"
     assert "int8: encode" in run("kernels.py", "--json", str(file))

@@ -106,7 +106,7 @@ WITHOUT_CLIPPING = "trainer.gradient_clip_val=null"
 @pytest.mark.parametrize(
     ("strategy", "overrides"),
     [
-        ("hybrid_powersgd", []),
+        pytest.param("hybrid_powersgd", [], marks=slow),
         ("hybrid_sign", ["model.optimizer.name=onebit_adam", "model.optimizer.freeze_step=3", WITHOUT_CLIPPING]),
         pytest.param(
             "hybrid_dgc", ["model.optimizer.name=sgd", "model.optimizer.momentum=0", WITHOUT_CLIPPING], marks=slow
@@ -132,6 +132,7 @@ def test_a_compression_that_would_spoil_training_is_refused(tmp_path, cache):
 OWN_STRATEGY = "defaults:\n  - hybrid\ncompression:\n  _target_: my_package.TernaryCompressor\n"
 
 
+@pytest.mark.slow
 def test_a_compressor_of_ones_own_is_allowed_by_its_package(tmp_path, cache, monkeypatch):
     page = Path(__file__).parents[1] / "docs/compressors.md"
     [example] = [b for b in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL) if "class Ternary" in b]
@@ -246,6 +247,7 @@ hydra:
 """
 
 
+@pytest.mark.slow
 def test_a_users_own_application_composes_with_the_groups(tmp_path, cache):
     (tmp_path / "conf").mkdir()
     (tmp_path / "conf/main.yaml").write_text(OWN_CONFIG)

@@ -72,6 +72,7 @@ def _hang(folder, ddp, nodes):
     ddp.register_comm_hook(folder, _sleep)
 
 
+@pytest.mark.slow
 def test_variants_that_fail_are_reported_and_leave_nothing_behind(tmp_path):
     crashing = Variant("crashing", "", _crash, lambda workload: 0.0)
     hanging = Variant("hanging", "", partial(_hang, str(tmp_path)), lambda workload: 0.0)

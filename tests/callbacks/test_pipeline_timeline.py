@@ -30,7 +30,9 @@ def draw(folder, schedule):
     return strategy.pipeline_timeline()
 
 
-@pytest.mark.parametrize(("schedule", "stages"), [("1f1b", [[0], [1]]), ("zbv", [[0, 3], [1, 2]])])
+@pytest.mark.parametrize(
+    ("schedule", "stages"), [("1f1b", [[0], [1]]), pytest.param("zbv", [[0, 3], [1, 2]], marks=pytest.mark.slow)]
+)
 def test_every_pass_is_measured_and_drawn(tmp_path, schedule, stages):
     one, two = run_distributed(draw, 2, str(tmp_path), schedule, timeout=60)
     assert one == two

@@ -99,6 +99,7 @@ def test_the_job_file_starts_the_same_job_and_int8_spares_the_link(emulated_host
     assert 0.2 < sent["hybrid_int8"] / sent["hybrid"] < 0.4
 
 
+@pytest.mark.slow
 def test_a_failing_rank_on_one_node_ends_the_job_on_both_with_its_own_error(emulated_hosts, tmp_path):
     script = tmp_path / "failing.py"
     script.write_text(FAILING.format(folder=str(Path(__file__).parents[1] / "strategies")))
@@ -133,6 +134,7 @@ def send(cases):
     return results
 
 
+@pytest.mark.slow
 def test_the_interface_sends_what_is_counted_and_what_the_formulas_say(emulated_hosts):
     """What the interface counts beside the payload are headers: 66 bytes a packet, gloo's own and acknowledgements.
 
@@ -156,6 +158,6 @@ def test_the_interface_sends_what_is_counted_and_what_the_formulas_say(emulated_
             assert 0 <= sent - counted <= 0.03 * counted, f"{compression}: {sent} bytes, {counted} of payload"
 
 
-@pytest.mark.parametrize("compression", [None, "int8"])
+@pytest.mark.parametrize("compression", [None, pytest.param("int8", marks=pytest.mark.slow)])
 def test_killing_a_rank_in_mid_exchange_ends_the_job_on_both_hosts(emulated_hosts, compression):
     killed_job(nodes=2, ranks=2, compression=compression, victim=3, hosts=emulated_hosts(2))

@@ -94,6 +94,7 @@ def check_large_tensors(folder):
                         torch.testing.assert_close(whole, means["large"], rtol=0, atol=tolerance, msg=label)
 
 
+@pytest.mark.slow
 def test_tensors_larger_than_a_message_travel_in_several(tmp_path):
     run_distributed(check_large_tensors, 4, str(tmp_path), timeout=120)
 
@@ -176,6 +177,7 @@ def check_bytes(folder, rows):
     return [per_element(*row[:4], folder) for row in rows]
 
 
+@pytest.mark.slow
 def test_bytes_between_nodes_follow_the_formulas(tmp_path):
     """Those of the table in the documentation, per element: M nodes × L ranks, N = M·L."""
     density, rank, scales = 0.01, 4, 1 + 4 / 256
@@ -293,6 +295,7 @@ def check_buckets_do_not_matter(folder):
                 assert all(torch.equal(step[key], results[0][0][key]) for step in results[0] for key in SHAPES)
 
 
+@pytest.mark.slow
 def test_the_result_does_not_depend_on_buckets(tmp_path):
     run_distributed(check_buckets_do_not_matter, 3, str(tmp_path), timeout=120)
 
@@ -346,6 +349,7 @@ def same_states(one, other):
     return one == other
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_leaves_no_trace_on_any_rank(tmp_path):
     run_distributed(check_bad_steps, 4, str(tmp_path), timeout=200)
 
@@ -534,7 +538,7 @@ def test_a_dead_rank_ends_the_job_in_seconds_with_its_own_error():
     assert time.monotonic() - start < 40
 
 
-@pytest.mark.parametrize("compression", [None, "topk"])
+@pytest.mark.parametrize("compression", [None, pytest.param("topk", marks=pytest.mark.slow)])
 def test_killing_a_rank_in_mid_exchange_ends_all_others_with_an_error(compression):
     for survivor in killed_job(nodes=1, ranks=3, compression=compression, victim=1):
         if compression is None:  # in shared memory

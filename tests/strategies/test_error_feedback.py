@@ -71,6 +71,7 @@ def check_conservation(folder):
                     assert (total - mean).norm() <= 1e-5 * mean.norm(), f"{label}, {name}"
 
 
+@pytest.mark.slow
 def test_nothing_is_lost_over_twenty_steps(tmp_path):
     run_distributed(check_conservation, 4, str(tmp_path), timeout=200)
 

@@ -137,6 +137,7 @@ def go_on_elsewhere(mesh, label, compressor, feedback, file, first_step=4):
             torch.testing.assert_close(total[key], expected, rtol=1e-5, atol=1e-5, msg=f"{label}, {key}")
 
 
+@pytest.mark.slow
 def test_on_another_layout_the_sum_of_all_residuals_is_preserved(tmp_path):
     run_distributed(check_other_layouts, 4, str(tmp_path), timeout=200)
 

@@ -208,6 +208,7 @@ def save_with_two(folder):
         trainer.save_checkpoint(f"{folder}/{form}-weights.ckpt", weights_only=True)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_residuals_serves_other_numbers_of_devices_and_plain_strategies(tmp_path):
     run_distributed(save_with_two, 2, str(tmp_path), timeout=120)
     checkpoint = torch.load(tmp_path / "mean.ckpt", weights_only=True)

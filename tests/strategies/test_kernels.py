@@ -389,6 +389,7 @@ def test_a_relative_cache_folder_is_ignored(monkeypatch, tmp_path):
     assert build.cache_directory() == tmp_path / ".cache" / "danon_lightning" / "kernels"
 
 
+@pytest.mark.slow
 def test_several_processes_build_once_between_them(cache, compiler, tmp_path):
     log = tmp_path / "compilations"
     wrapper = tmp_path / "counting-c++"

@@ -79,6 +79,7 @@ def save_first_weights(folder, size, steps):
     return sum(p.numel() for p in module.parameters() if type(p) is nn.Parameter)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_weights_on_every_layout(tmp_path, monkeypatch):
     monkeypatch.setenv("PL_GLOBAL_SEED", "5")
     held = {}

@@ -124,7 +124,7 @@ def compare_schedules():
         job.compare(1, run_plainly(make(GPT, layers=8), batches[1]), scale=1024.0)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_schedule_gives_the_loss_and_gradients_of_one_process(ranks):
     run_distributed(compare_schedules, ranks, timeout=200)
 

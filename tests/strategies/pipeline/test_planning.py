@@ -108,6 +108,7 @@ def place(folder):
     return results
 
 
+@pytest.mark.slow
 def test_the_heavier_traffic_stays_inside_nodes(tmp_path):
     ranks = run_distributed(place, 4, str(tmp_path), ranks_per_node=2, timeout=120)
     for name, cls in MODULES.items():
@@ -234,6 +235,7 @@ def train_with_own_mean(weighted):
     return losses_of(trainer), float(trainer.callback_metrics["loss"]), said
 
 
+@pytest.mark.slow
 def test_a_mean_of_ones_own_is_exact_if_its_divisor_is_named():
     trainer = make_trainer()
     trainer.fit(OwnMean(), loader(ignored=True))

@@ -125,6 +125,7 @@ def measure_schedules():
     return found
 
 
+@pytest.mark.slow
 def test_every_receive_of_every_schedule_is_measured():
     for rank in run_distributed(measure_schedules, 2, timeout=150):
         for schedule, (own, stages, measured) in rank.items():

@@ -320,6 +320,7 @@ def try_three_ranks():
     make_trainer(pipelined(2), 3, max_steps=1, max_epochs=-1).fit(Tied(), loader())
 
 
+@pytest.mark.slow
 def test_ranks_must_divide_into_replicas():
     with pytest.raises(RankFailedError, match="pipeline_parallel_size=2 must divide the number of ranks, 3"):
         run_distributed(try_three_ranks, 3, timeout=60)
@@ -342,6 +343,7 @@ def train_compressed(folder):
     return results
 
 
+@pytest.mark.slow
 def test_replicas_of_a_pipeline_exchange_compressed_gradients_and_resume_to_the_bit(tmp_path):
     ranks = run_distributed(train_compressed, 4, str(tmp_path), timeout=200)
     plain = run(tmp_path / "plain.ckpt", max_epochs=4, precision=32, module=Wide)

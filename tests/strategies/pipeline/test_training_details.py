@@ -75,6 +75,7 @@ def use_it_again(folder):
     return float(trainer.callback_metrics["gathered"]), noise, tested["judged"], module.norm.running_mean
 
 
+@pytest.mark.slow
 def test_a_trainer_is_used_again_and_buffers_are_saved_from_where_they_change(tmp_path):
     one, two = run_distributed(use_it_again, 2, str(tmp_path), timeout=100)
     assert one[:3] == two[:3]
@@ -99,6 +100,7 @@ def defer(folder):
     return after, again
 
 
+@pytest.mark.slow
 def test_a_deferred_model_is_tested_after_training_and_from_a_checkpoint(tmp_path):
     for after, again in run_distributed(defer, 2, str(tmp_path), timeout=100):
         assert after == pytest.approx(again, rel=1e-6)
