@@ -313,6 +313,7 @@ def run_the_lightning_examples():
     return losses
 
 
+@pytest.mark.slow
 def test_the_lightning_examples_train(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for losses in run_distributed(run_the_lightning_examples, 2, timeout=200):

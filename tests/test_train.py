@@ -202,6 +202,7 @@ def test_help_explains_itself(tmp_path):
         assert said in done.stdout
 
 
+@pytest.mark.slow
 def test_a_users_own_project_composes_with_the_configs(tmp_path, cache):
     (tmp_path / "conf/experiment").mkdir(parents=True)
     (tmp_path / "conf/experiment/mine.yaml").write_text(

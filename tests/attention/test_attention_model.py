@@ -20,7 +20,7 @@ from variants import BIDIRECTIONAL, VARIANTS, build, make_config, scramble  # no
 pytestmark = pytest.mark.filterwarnings("ignore:num_levels is fixed")
 
 
-@pytest.mark.parametrize("length", [1, 2, 5, 9, 40])
+@pytest.mark.parametrize("length", [1, 9, 40])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(
     ("variant", "settings"),
@@ -291,7 +291,7 @@ def test_export_keeps_the_results(variant):
 
 
 @pytest.mark.parametrize(
-    ("variant", "settings"), [*((variant, {}) for variant in VARIANTS), ("msra", {"num_levels": 1})]
+    ("variant", "settings"), [*((variant, {}) for variant in [*WHOLE_GRAPHS, "ucsa"]), ("msra", {"num_levels": 1})]
 )
 def test_compiled_gradients_are_the_same(variant, settings):
     model, ids = scramble(build(variant, num_layers=1, **settings).double()), torch.randint(0, 11, (2, 40))
@@ -315,7 +315,7 @@ def test_compiled_gradients_are_the_same(variant, settings):
         ("stability_factor", 0.5),
     ],
 )
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ["full", "super_hybrid"])  # the latter is made of all others
 def test_shared_settings_act(variant, name, value):
     model, other = scramble(build(variant)), build(variant, **{name: value})
     other.load_state_dict(model.state_dict())

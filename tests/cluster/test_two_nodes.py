@@ -56,6 +56,7 @@ def report(results: list[ProcessResult]) -> str:
     return "\n".join(map(str, results))
 
 
+@pytest.mark.slow
 def test_two_nodes_train_like_one_process(emulated_hosts, tmp_path):
     hosts: EmulatedHosts = emulated_hosts(2)
     results = torchrun(

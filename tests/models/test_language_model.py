@@ -27,6 +27,8 @@ MODELS = [
     (SuperHybridLightning, {**SMALL, "settings": PARTS}),
     (FullAttentionLightning, SMALL),
 ]
+# The hybrid is made of all others.
+TRAINED = [MODELS[0], MODELS[-2], MODELS[-1], *(pytest.param(*model, marks=pytest.mark.slow) for model in MODELS[1:-2])]
 
 
 def build(cls, config, **optimizer):
@@ -51,7 +53,7 @@ def text_loader(length=33):
     return DataLoader([data[i : i + length] for i in range(0, 1024, 16)], batch_size=16)
 
 
-@pytest.mark.parametrize(("cls", "config"), MODELS)
+@pytest.mark.parametrize(("cls", "config"), TRAINED)
 def test_it_learns_a_sentence(cls, config):
     module = build(cls, config)
     trainer = quiet_trainer(max_steps=60)
@@ -82,7 +84,7 @@ def test_the_checkpoint_restores_the_module_from_plain_values(cls, config, tmp_p
     assert torch.equal(loaded(tokens), module(tokens))
 
 
-@pytest.mark.parametrize(("cls", "config"), MODELS)
+@pytest.mark.parametrize(("cls", "config"), TRAINED)
 def test_text_is_generated_as_the_parallel_form_predicts_it(cls, config):
     module = build(cls, config)
     quiet_trainer(max_steps=60).fit(module, text_loader())

@@ -78,6 +78,7 @@ def test_stages_train_as_one_process():
             assert losses[-1] < losses[0], name
 
 
+@pytest.mark.slow
 def test_short_sequences_leave_no_parameter_without_a_gradient_in_ddp():
     expected = train(in_ddp, 3, "64-true")
     for found in run_distributed(train, 2, in_ddp, 3, "64-true", timeout=250):

@@ -452,6 +452,7 @@ def check_refusal_after_closing(mesh):
             give(ddp, given_gradients(1, mesh.rank))
 
 
+@pytest.mark.slow
 def test_all_that_ddp_offers_goes_together_with_the_exchange():
     run_distributed(check_ddp_options, 2, timeout=120)
 

@@ -180,6 +180,7 @@ def check_clipping(mesh):
             assert 0.95 * limit < norm < limit * 1.0001, label
 
 
+@pytest.mark.slow
 def test_momentum_correction_without_sparsity_is_momentum_and_clips_each_parameter(tmp_path):
     run_distributed(check_momentum_correction, 4, str(tmp_path), timeout=120)
 

@@ -371,6 +371,7 @@ def sampler_keys():
     return trainer.strategy.distributed_sampler_kwargs, trainer.distributed_sampler_kwargs, str(trainer.strategy.mesh)
 
 
+@pytest.mark.slow
 def test_samplers_are_keyed_on_the_data_parallel_rank():
     results = run_distributed(sampler_keys, 4, ranks_per_node=2)
     for rank, (own, trainers, mesh) in enumerate(results):
@@ -509,6 +510,7 @@ def fit_manual_on_two_ranks():
     return fit_manual(2, "danon_hybrid"), fit_manual(2, strategy), strategy.communication_stats()
 
 
+@pytest.mark.slow
 def test_manual_optimization_with_two_optimizers_trains_like_one_process():
     alone, start = fit_manual(1, "auto"), parameters(Manual())
     (dense, coded, stats), (other_dense, other_coded, _) = run_distributed(fit_manual_on_two_ranks, 2, timeout=120)

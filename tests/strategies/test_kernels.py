@@ -278,6 +278,7 @@ def load():
     return loading._Loader()()
 
 
+@pytest.mark.slow
 def test_importing_builds_nothing(cache):
     code = "import danon_lightning.strategies.communication.kernels"
     subprocess.run(

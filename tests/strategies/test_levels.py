@@ -64,6 +64,7 @@ def check_boxes():
     alone.close()
 
 
+@pytest.mark.slow
 def test_every_rank_receives_what_the_others_have_sent_it():
     run_distributed(check_boxes, 3)
 

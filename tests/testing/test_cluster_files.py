@@ -132,6 +132,7 @@ def test_wrong_arguments_are_refused(fake_programs, arguments):
     assert result.returncode == 2 and "NODE_RANK" in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.hosts
 def test_torchrun_script_between_emulated_hosts(emulated_hosts, tmp_path):
     (tmp_path / "job.py").write_text(

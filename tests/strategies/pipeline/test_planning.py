@@ -164,6 +164,7 @@ def cut_as_measured(file):
     return counts, strategy._staged.cuts.bounds, float(module.accuracy._update_count)
 
 
+@pytest.mark.slow
 def test_cuts_follow_what_was_measured_and_nothing_else_changes(tmp_path):
     ranks = run_distributed(cut_as_measured, 2, str(tmp_path / "cut.ckpt"))
     trainer, plain = make_trainer(), SlowHead()
@@ -192,6 +193,7 @@ def measure_what_cannot_be(case):
     trainer.fit(NoWhole() if case == "part" else Tied(), loader() if case == "part" else DataLoader(Stream(), 4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "message"),
     [

@@ -83,6 +83,7 @@ def compare_clocks():
     return offset, gather_passes(own, group, cpu)
 
 
+@pytest.mark.slow
 def test_clocks_of_all_ranks_are_set_by_the_first_one():
     results = run_distributed(compare_clocks, 3, timeout=100)
     for rank, (offset, timeline) in enumerate(results):

@@ -181,6 +181,7 @@ def use_callbacks(folder):
     return trainer.current_epoch, checkpoints.best_model_path, module.layers[3][0].weight.device.type
 
 
+@pytest.mark.slow
 def test_the_usual_callbacks_work(tmp_path):
     one, two = run_distributed(use_callbacks, 2, str(tmp_path), timeout=100)
     assert one == two
@@ -227,6 +228,7 @@ def scaled_training():
     return scaler.get_scale(), [before[f"layers.{3 * trainer.global_rank}.0.weight"], *weights]
 
 
+@pytest.mark.slow
 def test_a_step_that_overflows_is_skipped_on_all_ranks():
     for scale, weights in run_distributed(scaled_training, 2, timeout=60):
         assert scale == 2.0**9
