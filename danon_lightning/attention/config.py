@@ -113,6 +113,10 @@ class AttentionConfig:
         """Inner width of the MLP."""
         return 4 * self.hidden_size if self.intermediate_size is None else self.intermediate_size
 
+    def shared_settings(self) -> dict[str, Any]:
+        """Return the settings that all variants share, by name."""
+        return {field.name: getattr(self, field.name) for field in fields(AttentionConfig)}
+
     def for_layer(self, index: int) -> "AttentionConfig":
         """Return the settings of one layer: these, unless a variant mixes layers of several kinds.
 

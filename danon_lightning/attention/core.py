@@ -22,14 +22,15 @@ def map_state(function: Callable[[Tensor], Tensor], state: Any) -> Any:
 
     Args:
         function: For instance ``lambda tensor: tensor.to("cuda")``.
-        state: A streaming state, or any nest of dicts, lists and tuples.
+        state: A streaming state, or any nest of dicts, lists and tuples, named ones too.
     """
     if isinstance(state, Tensor):
         return function(state)
     if isinstance(state, dict):
         return {name: map_state(function, item) for name, item in state.items()}
     if isinstance(state, (list, tuple)):
-        return type(state)(map_state(function, item) for item in state)
+        items = [map_state(function, item) for item in state]
+        return type(state)(*items) if hasattr(state, "_fields") else type(state)(items)
     return state
 
 
@@ -112,6 +113,11 @@ class AttentionCore(nn.Module, ABC):
             measured = measure()
         for values in asking:
             values[name] = measured
+
+    @property
+    def dropout_p(self) -> float:
+        """Probability of dropping an attention weight now."""
+        return self.config.attention_dropout if self.training else 0.0
 
     @property
     def streams_without_end(self) -> bool:

@@ -67,13 +67,12 @@ def measure_efficiency(model: AttentionModel, input_ids: Tensor, attention_mask:
     was_training = model.training
     with ExitStack() as stack:
         stack.callback(model.train, was_training)
-        for block in model.blocks():
-            stack.callback(block.core.register_forward_pre_hook(record, with_kwargs=True).remove)
         model.eval()
-        with torch.no_grad():
+        with ExitStack() as recording, torch.no_grad():
+            for block in model.blocks():
+                recording.callback(block.core.register_forward_pre_hook(record, with_kwargs=True).remove)
             model(input_ids, attention_mask, output_details=())
-        # Inside, so that the cores are in evaluation mode here too; the hooks only add calls that nobody reads.
-        measured = [_compare(*call) for call in list(calls)]
+        measured = [_compare(*call) for call in calls]
     return Efficiency(*(sum(values) / len(measured) for values in zip(*measured, strict=True)))
 
 

@@ -106,7 +106,7 @@ class FullAttention(AttentionCore):
             v,
             causal=self.config.causal,
             key_padding_mask=key_padding_mask,
-            dropout_p=self.config.attention_dropout if self.training else 0.0,
+            dropout_p=self.dropout_p,
         )
         return output, state
 

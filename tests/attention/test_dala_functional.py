@@ -39,7 +39,7 @@ def make_tensors(length, block_size=4, groups=GROUPS):
 
 @pytest.fixture(params=[1024, 8], ids=["one piece", "many pieces"])
 def tokens_at_once(request, monkeypatch):
-    monkeypatch.setattr("danon_lightning.attention.dala.blocks.TOKENS_AT_ONCE", request.param)
+    monkeypatch.setattr("danon_lightning.attention.pieces.TOKENS_AT_ONCE", request.param)
 
 
 @pytest.mark.parametrize("padding", ["none", "left", "right", "ragged", "whole row"])

@@ -39,10 +39,15 @@ def make_learned(length: int, levels: int, groups: int = GROUPS) -> dict[str, to
     }
 
 
+@pytest.fixture(params=[1024, 8], ids=["one piece", "many pieces"])
+def tokens_at_once(request, monkeypatch):
+    monkeypatch.setattr("danon_lightning.attention.pieces.TOKENS_AT_ONCE", request.param)
+
+
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("padding", ["none", "left", "right", "ragged", "whole row"])
 @pytest.mark.parametrize("length", [1, 3, 8, 9, 16, 21, 50])
-def test_blocked_form_equals_the_definition(length, padding, causal):
+def test_blocked_form_equals_the_definition(length, padding, causal, tokens_at_once):
     torch.manual_seed(length)
     mask = make_mask(padding, length)
     for num_levels in ("auto", 1, 2, 3):
@@ -56,7 +61,7 @@ def test_blocked_form_equals_the_definition(length, padding, causal):
 
 @pytest.mark.parametrize(("block_size", "pool_factor"), [(4, 4), (6, 3), (8, 4), (12, 2)])
 @pytest.mark.parametrize("causal", [True, False])
-def test_blocked_form_at_other_sizes(block_size, pool_factor, causal):
+def test_blocked_form_at_other_sizes(block_size, pool_factor, causal, tokens_at_once):
     torch.manual_seed(0)
     for length in (block_size, 2 * block_size + 1, 59):
         tensors = make_qkv(length)

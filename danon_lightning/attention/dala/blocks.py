@@ -7,14 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from danon_lightning.attention.pieces import tokens_at_once
 from danon_lightning.attention.rotary import apply_rotary, cell_positions
 
 __all__ = ["Blocks", "with_block_before"]
-
-# Few enough for the logits to stay in the cache of a processor core, enough to hide what a call costs.
-TOKENS_AT_ONCE = 1024
-# An accelerator wants large products instead.
-TOKENS_AT_ONCE_ON_ACCELERATORS = 16384
 
 
 @dataclass(frozen=True)
@@ -36,9 +32,8 @@ class Blocks:
     @classmethod
     def of(cls, length: int, block_size: int, device: torch.device) -> "Blocks":
         """Return the cut of ``length`` tokens in blocks of ``block_size``, for work on ``device``."""
-        tokens = TOKENS_AT_ONCE if device.type == "cpu" else TOKENS_AT_ONCE_ON_ACCELERATORS
         size = min(block_size, length)
-        return cls(length, size, -(-length // size), max(1, tokens // size))
+        return cls(length, size, -(-length // size), max(1, tokens_at_once(device) // size))
 
     def cut(self, x: Tensor, fill: float = 0.0) -> tuple[Tensor, ...]:
         """Cut ``[..., n, d]`` in pieces ``[..., g, B, d]`` of g blocks, the last block filled up with ``fill``."""

@@ -176,7 +176,7 @@ class DALAAttention(AttentionCore):
             "recency": self.config.recency,
             "rope_base": self.config.rope_base,
             "key_padding_mask": key_padding_mask,
-            "dropout_p": self.config.attention_dropout if self.training else 0.0,
+            "dropout_p": self.dropout_p,
         }
         new_state: State = {}
         if state is None:

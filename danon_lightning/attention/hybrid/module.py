@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -105,7 +105,7 @@ class SuperHybridConfig(AttentionConfig):
             },
             "ucsa": {"sparsity_factor": self.sparsity_factor},
         }
-        settings = {item.name: getattr(self, item.name) for item in fields(AttentionConfig)}
+        settings = self.shared_settings()
         settings |= {key: value for key, value in given.get(name, {}).items() if value is not None}
         if not self.enable_all_optimizations:
             settings |= PLAIN.get(name, {})

@@ -1,7 +1,7 @@
 """Enhanced infinite attention as a variant of the model: its settings, its learned parts, its registration."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -99,12 +99,16 @@ class InfiniteAttentionConfig(AttentionConfig):
     @property
     def msra(self) -> MSRAConfig:
         """The settings of the softmax part."""
-        shared = {field.name: getattr(self, field.name) for field in fields(AttentionConfig)}
         levels, reach = 1, self.local_window
         while reach < self.sliding_window:
             levels, reach = levels + 1, reach * self.pool_factor
         block_size = self.local_window // 2
-        return MSRAConfig(**shared, block_size=block_size, compression_factor=self.pool_factor, num_levels=levels)
+        return MSRAConfig(
+            **self.shared_settings(),
+            block_size=block_size,
+            compression_factor=self.pool_factor,
+            num_levels=levels,
+        )
 
 
 class _SlidingWindow(MSRAAttention):

@@ -17,15 +17,11 @@ from danon_lightning.attention.full import full_attention
 from danon_lightning.attention.merging import MASKED, AttentionPart, attention_part
 from danon_lightning.attention.msra.fusion import FeatureFusion, fuse_levels
 from danon_lightning.attention.msra.geometry import Geometry
+from danon_lightning.attention.pieces import tokens_at_once
 from danon_lightning.attention.pooling import Cells, build_pyramid, token_cells
 from danon_lightning.attention.rotary import apply_rotary, cell_positions
 
 __all__ = ["MSRAStats", "msra_attention"]
-
-# Few enough for the logits to stay in the cache of a processor core, enough to hide what a call costs.
-TOKENS_AT_ONCE = 1024
-# An accelerator wants large products instead.
-TOKENS_AT_ONCE_ON_ACCELERATORS = 16384
 
 
 class MSRAStats(NamedTuple):
@@ -181,7 +177,7 @@ def msra_attention(
 
 def _piece_length(geometry: Geometry, device: torch.device) -> int:
     """Return the number of tokens to work on at once: blocks of some level, so that borders meet those of blocks."""
-    limit = TOKENS_AT_ONCE if device.type == "cpu" else TOKENS_AT_ONCE_ON_ACCELERATORS
+    limit = tokens_at_once(device)
     level = 0
     while level + 1 < geometry.num_levels and geometry.block_length(level + 1) <= limit:
         level += 1

@@ -167,9 +167,7 @@ class MSRAAttention(AttentionCore):
             causal=self.config.causal,
             key_padding_mask=key_padding_mask,
         )
-        output = attend(
-            v, value_maps=self.value_maps, feature_fusion=self._feature_fusion(x), dropout_p=self._dropout_p()
-        )
+        output = attend(v, value_maps=self.value_maps, feature_fusion=self._feature_fusion(x), dropout_p=self.dropout_p)
         if self.fusion is None:
             self._observe("attentions", lambda: attend(_names(v)))
         self._observe("level_weights", lambda: attend(v, return_stats=True)[1].level_weights)
@@ -205,7 +203,7 @@ class MSRAAttention(AttentionCore):
                 rope_base=self.config.rope_base,
                 key_padding_mask=None if key_padding_mask is None else key_padding_mask[:, here],
                 feature_fusion=self._feature_fusion(x[:, here]),
-                dropout_p=self._dropout_p(),
+                dropout_p=self.dropout_p,
             )
             outputs.append(output)
         # The cells of the upper levels may all come from earlier chunks, perhaps detached.
@@ -220,9 +218,6 @@ class MSRAAttention(AttentionCore):
         if isinstance(self.fusion, WeightedFusion):
             return partial(self.fusion, x=x)
         return "adaptive" if self.fusion is None else self.fusion
-
-    def _dropout_p(self) -> float:
-        return self.config.attention_dropout if self.training else 0.0
 
     def _keep_unused(self, output: Tensor, level_bias: Tensor | None) -> Tensor:
         """Give what only the upper levels use at least a zero gradient."""

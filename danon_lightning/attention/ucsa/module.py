@@ -175,11 +175,6 @@ class UCSAAttention(AttentionCore):
             self.error_mean.fill_(0.5)
             self.error_variance.fill_(0.0)
 
-    @property
-    def streams_without_end(self) -> bool:
-        """False: there are summaries of all blocks of the past."""
-        return False
-
     def init_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> State:
         """Return the state before the first token; see ``AttentionCore.init_state``."""
         return empty_state(
@@ -214,7 +209,7 @@ class UCSAAttention(AttentionCore):
             "rope_base": config.rope_base,
             "error_tolerance": config.error_tolerance,
             "selection_bias": None if config.error_compensation is None else self._compensate,
-            "dropout_p": config.attention_dropout if self.training else 0.0,
+            "dropout_p": self.dropout_p,
         }
         if state is None:
             output = ucsa_attention(q, k, v, causal=config.causal, key_padding_mask=key_padding_mask, **settings)

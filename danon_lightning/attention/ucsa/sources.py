@@ -1,12 +1,13 @@
 """What the queries of a stretch of tokens may read, laid out by rows: the key/value heads of all sequences."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from danon_lightning.attention.core import map_state
 from danon_lightning.attention.merging import MASKED
 from danon_lightning.attention.ucsa.cells import Cells
 
@@ -66,7 +67,7 @@ class Sources(NamedTuple):
 
     def rows(self, start: int, stop: int) -> "Sources":
         """Return some of the rows."""
-        sources: Sources = _map(lambda x: x[start:stop], self)
+        sources: Sources = map_state(lambda x: x[start:stop], self)
         return sources
 
     def differentiable(self) -> list[Tensor]:
@@ -118,13 +119,3 @@ def level_of(cells: Cells, groups: int, multiple: int, *, causal: bool) -> Level
         bias,
         expandable,
     )
-
-
-def _map(function: Callable[[Tensor], Tensor], item: Any) -> Any:
-    """Apply ``function`` to every tensor in a nest of tuples."""
-    if isinstance(item, Tensor):
-        return function(item)
-    if isinstance(item, tuple):
-        items = [_map(function, x) for x in item]
-        return type(item)(*items) if hasattr(item, "_fields") else tuple(items)
-    return item
