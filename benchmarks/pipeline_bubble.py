@@ -36,8 +36,9 @@ SCHEDULES = ["1f1b", "gpipe", "interleaved_1f1b", "looped_bfs", "interleaved_zer
 COMPARED = ["1f1b", "interleaved_zero_bubble", "zbv"]
 # So that a rank can have two stages.
 LAYERS_PER_RANK = 2
-# Of layers that compute there are more, so that transfers are short beside them.
-COMPUTING_LAYERS_PER_RANK, WIDTH, SAMPLES = 6, 2048, 128
+# Of layers that compute there are more, so that transfers are short beside them, and the passes long: what disturbs a
+# short one for a moment weighs much more, and each rank waits for the other's disturbances as well.
+COMPUTING_LAYERS_PER_RANK, WIDTH, SAMPLES = 12, 2048, 256
 # The first steps are slower than all others.
 WARM_UP = 2
 

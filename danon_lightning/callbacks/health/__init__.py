@@ -1,0 +1,5 @@
+"""What a run looks like from a doctor's chair: findings of all callbacks, in one report."""
+
+from danon_lightning.callbacks.health.finding import Finding, ReportsFindings
+
+__all__ = ["Finding", "ReportsFindings"]
