@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from danon_lightning.strategies.hybrid import DanonHybridStrategy
+from danon_lightning.strategies.optimizer_sharding import ShardedOptimizer
 from danon_lightning.strategies.pipeline.agreement import broadcast_plain
 from danon_lightning.strategies.pipeline.balance import Costs, cut_table, parameter_costs, suggested_cuts
 from danon_lightning.strategies.pipeline.blocks import Blocks
@@ -344,6 +345,9 @@ class PipelinedStrategy(DanonHybridStrategy):
         owners = find_owners(staged.root, self._blocks, staged.cuts, self._steps.recordings.values())
         released = self._pipeline.settle(owners)
         for optimizer in self.optimizers:
+            if isinstance(optimizer, ShardedOptimizer):
+                optimizer.release(released)
+                continue
             for group in optimizer.param_groups:
                 group["params"] = [released.get(parameter, parameter) for parameter in group["params"]]
             for parameter in released:
@@ -385,6 +389,11 @@ class PipelinedStrategy(DanonHybridStrategy):
         communicator.average(parameters, self._bucket_bytes)
         if not communicator.finite:
             self._skip_step(self._own_parameters())
+
+    @override
+    def _replicas(self) -> tuple[dist.ProcessGroup | None, set[int]]:
+        group = None if self._replica_group is None else self._replica_group()
+        return group, {id(parameter) for parameter in self._own_parameters()}
 
     @override
     @contextmanager
@@ -482,9 +491,7 @@ class PipelinedStrategy(DanonHybridStrategy):
         return {"state": self._gather(state["state"], every), "param_groups": state["param_groups"]}
 
     def _gather(self, own: dict[Any, Any], order: Iterable[Any]) -> dict[Any, Any]:
-        assert self.lightning_module is not None
-        if self._has_failed or self.lightning_module.trainer.interrupted:
-            raise RuntimeError("no checkpoint is written after an error: other ranks cannot be asked for their layers")
+        self._refuse_to_gather_after_failure()
         if self.mesh.data_parallel_rank:
             return {}
         return gather_plain(own, order, self._pipeline_group(), self.root_device)
@@ -507,9 +514,12 @@ class PipelinedStrategy(DanonHybridStrategy):
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Load what this rank holds."""
-        own = {id(parameter) for parameter in self._own_parameters()}
+        _, own = self._replicas()
         states = []
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            if isinstance(optimizer, ShardedOptimizer):
+                states.append(state)
+                continue
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             kept = {index: one for index, one in state["state"].items() if id(parameters[index]) in own}
             states.append({**state, "state": kept})
