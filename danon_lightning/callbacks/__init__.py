@@ -1,7 +1,8 @@
 """Callbacks: they watch and report. They serve any LightningModule under any strategy."""
 
+from danon_lightning.callbacks.gradient_monitor import GradientMonitor
 from danon_lightning.callbacks.pipeline_timeline import PipelineTimeline, draw_timeline
 from danon_lightning.callbacks.run_summary import RunSummary
 from danon_lightning.callbacks.text_sampler import TextSampler
 
-__all__ = ["PipelineTimeline", "RunSummary", "TextSampler", "draw_timeline"]
+__all__ = ["GradientMonitor", "PipelineTimeline", "RunSummary", "TextSampler", "draw_timeline"]

@@ -354,6 +354,16 @@ class PipelinedStrategy(DanonHybridStrategy):
                 optimizer.state.pop(parameter, None)
         self._settled = True
 
+    def parameter_stages(self) -> dict[str, list[tuple[int, int]]]:
+        """Which stages hold each parameter, and their ranks in the pipeline, by its first full name.
+
+        Where several ranks hold one (tied embeddings), each has its part of the gradient until :meth:`backward` has
+        added them up. The same on every rank; it changes once, in the first training step.
+        """
+        assert self._staged is not None
+        rank_of = self._schedule.rank_of
+        return {name: [(stage, rank_of(stage)) for stage in stages] for name, stages in self._staged.owners.items()}
+
     # ---- gradients
 
     @override
