@@ -87,7 +87,7 @@ class StepMeasurement:
     _rows: dict[tuple[int, Row], Tensor] = field(default_factory=dict)
 
     def before_step(self, optimizer: Optimizer, named: Iterable[tuple[str, nn.Parameter]], *, updates: bool) -> None:
-        """Look at gradients before clipping. A closure may be called several times: the last time counts.
+        """Look at gradients before clipping. A closure may be called several times: the gradients of the last one count.
 
         Args:
             optimizer: Which is about to make its step.
@@ -122,8 +122,11 @@ class StepMeasurement:
         else:
             selected = layers[torch.tensor(whole, dtype=torch.int64)]
             self._put(optimizer, Row.WHOLE, [norms[index] for index in whole], selected, squared=True)
+        known = self.optimized.get(id(optimizer))
         negated: tuple[Tensor, ...] = ()
-        if updates and parameters:
+        if known is not None and list(map(id, known.parameters)) == list(map(id, parameters)):
+            negated = known.negated  # from before the first call of the closure
+        elif updates and parameters:
             negated = tuple(torch._foreach_neg([values_of(parameter.detach()) for parameter in parameters]))
             self._put(optimizer, Row.WEIGHT, norms_of(negated), layers, squared=True)
         self.optimized[id(optimizer)] = Optimized(parameters, gradients, layers, negated)

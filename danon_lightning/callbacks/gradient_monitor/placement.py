@@ -43,8 +43,8 @@ class Place:
     Attributes:
         layer: Index of its layer.
         is_counted: Whether this rank is the one of its replica that counts it.
-        is_whole: Whether this rank alone has its gradient. Of a parameter that several ranks share (tied embeddings)
-            each has a part, until these are added up.
+        is_whole: Whether one backward pass brings its gradient as a whole. Of a parameter that several stages share
+            (tied embeddings) each brings a part, and these are added up later.
     """
 
     layer: int
@@ -96,7 +96,7 @@ class Placement:
         places, stages = {}, [0] * len(layers)
         for name, layer in watched.items():
             ranks = {rank for _, rank in held[name]}
-            places[name] = Place(layer, min(ranks) == own, ranks == {own})
+            places[name] = Place(layer, min(ranks) == own, ranks == {own} and len(held[name]) == 1)
             stages[layer] = held[name][0][0]
         return cls(tuple(layers), places, tuple(stages), strategy.mesh.data_parallel_size)
 
