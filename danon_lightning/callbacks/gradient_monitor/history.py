@@ -59,7 +59,7 @@ class History:
         """Remember a step with the same layers."""
         layers = self.layers
         self.elements = np.maximum(self.elements, measured.rows[Row.ELEMENTS])
-        norms = np.where(measured.active, np.nan_to_num(measured.norms(Row.SQUARE), nan=np.inf), np.nan)
+        norms = np.where(measured.active, np.nan_to_num(measured.norms(Row.SQUARE), nan=np.inf, posinf=np.inf), np.nan)
         ratios = measured.ratios()
         self.active += measured.active
         self.zero += norms == 0

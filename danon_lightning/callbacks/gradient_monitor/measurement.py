@@ -87,7 +87,7 @@ class StepMeasurement:
     _rows: dict[tuple[int, Row], Tensor] = field(default_factory=dict)
 
     def before_step(self, optimizer: Optimizer, named: Iterable[tuple[str, nn.Parameter]], *, updates: bool) -> None:
-        """Look at gradients before clipping. A closure may be called several times: the gradients of the last one count.
+        """Look at gradients before clipping; if a closure is called several times, at those of the last time.
 
         Args:
             optimizer: Which is about to make its step.

@@ -82,7 +82,7 @@ class GradientMonitor(pl.Callback):
         noise_decay: Weight of earlier steps in the averages of which the noise scale is made, for each logged step.
         heat_map: Whether to draw it; "auto" if matplotlib is installed.
         plot_path: A PNG file for a plot of norms on a logarithmic scale; None for none. Needs matplotlib.
-        draw_every_n_steps: How often the heat map and the plot are made anew; at the end of training too.
+        draw_every_n_steps: How often the heat map and the plot are made anew; they are at the end of training too.
         histogram_every_n_steps: How often histograms of all layers are written; None for never. Costly: gradients
             travel to the host. Of rank 0, so of its stages only.
 
@@ -146,7 +146,7 @@ class GradientMonitor(pl.Callback):
         self._leaders = tags.Leaders(top_k)
         self._current: StepMeasurement | None = None
         self._handles: list[RemovableHandle] = []
-        self._attempted = self._made = 0
+        self._attempted = self._made = self._drawn = 0
         self._said = False
         self._measuring = logs.Guarded("GradientMonitor", "measure gradients")
         self._writing = logs.Guarded("GradientMonitor")
@@ -289,7 +289,7 @@ class GradientMonitor(pl.Callback):
         values: dict[str, float] = {}
         if measured.active.any():
             if self.history.layers != measured.placement.layers:
-                self.history = History(measured.placement.layers)
+                self.history, self._drawn = History(measured.placement.layers), 0
             self.history.add(measured)
             pieces = pieces_of(measured, trainer.accumulate_grad_batches)
             if pieces is not None:
@@ -312,8 +312,9 @@ class GradientMonitor(pl.Callback):
     # ---- pictures
 
     def _draw(self, trainer: pl.Trainer, step: int) -> None:
-        if not trainer.is_global_zero or not self.history.moments:
+        if not trainer.is_global_zero or self._drawn == self.history.logged:
             return
+        self._drawn = self.history.logged
         if self.heat_map and trainer.loggers:
             with self._writing:
                 logs.figure(trainer, "grad/heat_map", heat_map(self.history), step)

@@ -91,11 +91,10 @@ class NoiseScale:
 
     def state_dict(self) -> dict[str, float]:
         """All averages."""
-        return {
-            "variance": self.variance, "square": self.square, "batch": self.batch, "updates": self.updates,
-        }  # fmt: skip
+        names = ("variance", "square", "batch", "updates", "counts_samples")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Go on from there."""
         self.variance, self.square, self.batch = state["variance"], state["square"], state["batch"]
-        self.updates = int(state["updates"])
+        self.updates, self.counts_samples = int(state["updates"]), bool(state["counts_samples"])
