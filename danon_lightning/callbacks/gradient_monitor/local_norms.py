@@ -19,18 +19,23 @@ class LocalNorms:
     operation for each parameter and backward pass.
 
     Args:
-        parameters: With the index of the layer of each.
+        parameters: Name, index of the layer, and the parameter itself.
         guard: Takes errors, which must not come up in the middle of a backward pass.
+
+    Attributes:
+        names: Of the watched parameters.
     """
 
-    def __init__(self, parameters: Iterable[tuple[int, nn.Parameter]], guard: Guarded) -> None:
+    def __init__(self, parameters: Iterable[tuple[str, int, nn.Parameter]], guard: Guarded) -> None:
         """See the class."""
+        parameters = list(parameters)
+        self.names = frozenset(name for name, _, _ in parameters)
         self._guard = guard
         self._norms: list[Tensor] = []
         self._layers: list[int] = []
         self._passes: Counter[int] = Counter()
         self._handles: list[RemovableHandle] = [
-            parameter.register_hook(self._hook(index, layer)) for index, (layer, parameter) in enumerate(parameters)
+            parameter.register_hook(self._hook(index, layer)) for index, (_, layer, parameter) in enumerate(parameters)
         ]
 
     def _hook(self, index: int, layer: int):  # type: ignore[no-untyped-def]

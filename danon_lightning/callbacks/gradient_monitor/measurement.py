@@ -1,6 +1,7 @@
 """What is measured of one step, and how it becomes numbers on the host."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -21,6 +22,7 @@ from danon_lightning.callbacks.gradient_monitor.tensors import (
     sums,
     values_of,
 )
+from danon_lightning.callbacks.logs import Guarded
 
 
 class Row(IntEnum):
@@ -33,8 +35,8 @@ class Row(IntEnum):
     NONZERO = 4
     NONFINITE = 5
     ELEMENTS = 6
-    WHOLE = 7  # as SQUARE, of what no two ranks share the gradient of
-    PIECES = 8  # squares of the gradients of all backward passes, of the same parameters
+    WHOLE = 7  # as SQUARE, of those parameters whose backward passes are watched
+    PIECES = 8  # squares of the gradients of all these passes
 
 
 class Scalar(IntEnum):
@@ -65,6 +67,7 @@ class StepMeasurement:
         step: Its number.
         placement: Which layer each parameter belongs to.
         device: Where sums are kept.
+        guard: Takes errors.
         local: Watches backward passes, if that is of use.
         samples: Seen by this rank; 0 if unknown.
         loss_scale: What gradients of backward passes are multiplied by; None for 1.
@@ -77,6 +80,7 @@ class StepMeasurement:
     step: int
     placement: Placement
     device: torch.device
+    guard: Guarded
     local: LocalNorms | None = None
     samples: float = 0.0
     loss_scale: Tensor | None = None
@@ -96,12 +100,14 @@ class StepMeasurement:
                 been made.
         """
         own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        found = [
-            (place, parameter, parameter.grad)
-            for name, parameter in named
-            if id(parameter) in own and parameter.grad is not None
-            if (place := self.placement.places.get(name)) is not None and place.is_counted
-        ]
+        compared = self.local.names if self.local is not None else frozenset()
+        found, whole = [], []
+        for name, parameter in named:
+            place = self.placement.places.get(name)
+            if place is not None and place.is_counted and id(parameter) in own and parameter.grad is not None:
+                if name in compared:
+                    whole.append(len(found))
+                found.append((place, parameter, parameter.grad))
         parameters = [parameter for _, parameter, _ in found]
         layers = torch.tensor([place.layer for place, _, _ in found], dtype=torch.int64).to(self.device)
         gradients = [gradient for _, _, gradient in found]
@@ -116,7 +122,6 @@ class StepMeasurement:
         for place, parameter, _ in found:
             elements[place.layer] += parameter.numel() * (2 if parameter.is_complex() else 1)
         self._rows[id(optimizer), Row.ELEMENTS] = torch.tensor(elements, dtype=accumulator_dtype(self.device))
-        whole = [index for index, (place, _, _) in enumerate(found) if place.is_whole]
         if len(whole) == len(found):
             self._rows[id(optimizer), Row.WHOLE] = self._rows[id(optimizer), Row.SQUARE]
         else:
@@ -150,6 +155,16 @@ class StepMeasurement:
     ) -> None:
         self._rows[id(optimizer), row] = sums(numbers, layers, len(self.placement.layers), squared=squared)
 
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """A context whose failure spoils this measurement, instead of ending the run."""
+        with self.guard:
+            try:
+                yield
+            except BaseException:
+                self.failed = True
+                raise
+
     def drop(self) -> None:
         """Give up: no hook is left."""
         if self.local is not None:
@@ -157,7 +172,7 @@ class StepMeasurement:
         self.optimized.clear()
 
     def finish(self, residual: float, world_size: int) -> "Measured":
-        """Add up over ranks, and read everything at once. Collective.
+        """Add up over ranks, and read everything at once. Collective, whatever has gone wrong on this rank.
 
         Args:
             residual: Norm of what compression owes on this rank.
@@ -165,24 +180,12 @@ class StepMeasurement:
         """
         self.drop()
         layers = len(self.placement.layers)
-        dtype = accumulator_dtype(self.device)
-        rows = torch.zeros(len(Row), layers, dtype=dtype, device=self.device)
-        for (_, row), values in self._rows.items():
-            rows[row] += values.to(self.device)
-        passes = 0
-        if self.failed:
-            rows.fill_(float("nan"))  # on all ranks, then
-        elif self.local is not None:
-            rows[Row.PIECES] = self.local.squares(layers, self.device)
-            passes = self.local.passes
-        scalars = torch.zeros(len(Scalar), dtype=dtype, device=self.device)
-        known = [float(passes), float(passes**2), self.samples, residual**2]
-        scalars[: len(known)] = torch.tensor(known, dtype=dtype)
-        scalars[Scalar.LOSS_SCALE] = 1.0 if self.loss_scale is None else self.loss_scale
-        # Rows are the same on each replica but for PIECES; a residual is one of several parts of each replica's.
-        scalars /= world_size
-        scalars[Scalar.RESIDUAL] *= world_size / self.placement.replicas
-        everything = torch.cat([rows.flatten() / self.placement.replicas, scalars])
+        size = len(Row) * layers + len(Scalar)
+        everything = torch.full((size,), float("nan"), dtype=accumulator_dtype(self.device), device=self.device)
+        with self.guard:
+            own = self._everything(residual, world_size)
+            if not self.failed:  # else it is undefined on all ranks
+                everything = own
         if world_size > 1:
             dist.all_reduce(everything)
         numbers = np.array(everything.tolist())
@@ -194,6 +197,26 @@ class StepMeasurement:
             stepped=self.stepped,
             clips=self.clips,
         )
+
+    def _everything(self, residual: float, world_size: int) -> Tensor:
+        """Rows and scalars of this rank, such that their sums over ranks are those of the model."""
+        layers = len(self.placement.layers)
+        dtype = accumulator_dtype(self.device)
+        rows = torch.zeros(len(Row), layers, dtype=dtype, device=self.device)
+        for (_, row), values in self._rows.items():
+            rows[row] += values.to(self.device)
+        passes = 0
+        if self.local is not None:
+            rows[Row.PIECES] = self.local.squares(layers, self.device)
+            passes = self.local.passes
+        scalars = torch.zeros(len(Scalar), dtype=dtype, device=self.device)
+        known = [float(passes), float(passes**2), self.samples, residual**2]
+        scalars[: len(known)] = torch.tensor(known, dtype=dtype)
+        scalars[Scalar.LOSS_SCALE] = 1.0 if self.loss_scale is None else self.loss_scale
+        # Rows are the same on each replica but for PIECES; a residual is one of several parts of each replica's.
+        scalars /= world_size
+        scalars[Scalar.RESIDUAL] *= world_size / self.placement.replicas
+        return torch.cat([rows.flatten() / self.placement.replicas, scalars])
 
 
 @dataclass(frozen=True)

@@ -2,29 +2,29 @@
 
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.data import extract_batch_size
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from danon_lightning.callbacks import logs
 from danon_lightning.callbacks.gradient_monitor import findings, tags
+from danon_lightning.callbacks.gradient_monitor.arguments import check_arguments
+from danon_lightning.callbacks.gradient_monitor.facts import loss_scale, loss_scaler, may_clip, samples_of
 from danon_lightning.callbacks.gradient_monitor.figures import heat_map, norm_plot
+from danon_lightning.callbacks.gradient_monitor.histograms import write_histograms
 from danon_lightning.callbacks.gradient_monitor.history import History
 from danon_lightning.callbacks.gradient_monitor.local_norms import LocalNorms
 from danon_lightning.callbacks.gradient_monitor.measurement import Measured, Row, StepMeasurement
 from danon_lightning.callbacks.gradient_monitor.noise import NoiseScale
 from danon_lightning.callbacks.gradient_monitor.pieces import pieces_of
-from danon_lightning.callbacks.gradient_monitor.placement import Placement, check_strategy, layer_of
-from danon_lightning.callbacks.gradient_monitor.tensors import values_of
+from danon_lightning.callbacks.gradient_monitor.placement import Placement, check_strategy
 from danon_lightning.callbacks.health.finding import Finding
 
 
@@ -112,24 +112,17 @@ class GradientMonitor(pl.Callback):
         histogram_every_n_steps: int | None = None,
     ) -> None:
         """See the class."""
-        for name, number in {
-            "every_n_steps": every_n_steps,
-            "draw_every_n_steps": draw_every_n_steps,
-            "histogram_every_n_steps": histogram_every_n_steps,
-        }.items():
-            if number is not None and number < 1:
-                raise ValueError(f"{name}={number} must be at least 1")
-        for name, patterns in {"include": include, "exclude": exclude}.items():
-            if isinstance(patterns, str):
-                raise ValueError(f"{name}={patterns!r} must be a list of patterns: [{patterns!r}]")
-        if top_k is not None and top_k < 0:
-            raise ValueError(f"top_k={top_k} must not be negative; None is for all layers, 0 for none")
-        if top_by not in ("norm", "update_ratio"):
-            raise ValueError(f"top_by={top_by!r} must be 'norm' or 'update_ratio'")
-        if top_by == "update_ratio" and not update_ratio:
-            raise ValueError("top_by='update_ratio' needs update_ratio=True")
-        if not 0 <= noise_decay < 1:
-            raise ValueError(f"noise_decay={noise_decay} must be at least 0 and less than 1")
+        check_arguments(
+            every_n_steps=every_n_steps,
+            draw_every_n_steps=draw_every_n_steps,
+            histogram_every_n_steps=histogram_every_n_steps,
+            include=include,
+            exclude=exclude,
+            top_k=top_k,
+            top_by=top_by,
+            update_ratio=update_ratio,
+            noise_decay=noise_decay,
+        )
         can_draw = find_spec("matplotlib") is not None
         if not can_draw and (heat_map is True or plot_path is not None):
             wanted = "heat_map=True" if heat_map is True else f"plot_path={str(plot_path)!r}"
@@ -212,17 +205,18 @@ class GradientMonitor(pl.Callback):
             return
         if self._current is None:
             self._current = self._begin(trainer, pl_module, step)
-        self._current.samples += _samples(batch)
+        self._current.samples += samples_of(batch)
 
     def _begin(self, trainer: pl.Trainer, module: pl.LightningModule, step: int) -> StepMeasurement:
         placement = self._placement(trainer, module)
-        current = StepMeasurement(step, placement, trainer.strategy.root_device, clips=_may_clip(trainer, module))
+        device, clips = trainer.strategy.root_device, may_clip(trainer, module)
+        current = StepMeasurement(step, placement, device, self._measuring, clips=clips)
         several = placement.replicas > 1 or placement.stages or trainer.accumulate_grad_batches > 1
         if self.local and several:
             with self._measuring:
                 current.local = LocalNorms(
                     [
-                        (placement.places[name].layer, parameter)
+                        (name, placement.places[name].layer, parameter)
                         for name, parameter in module.named_parameters()
                         if name in placement.places and parameter.requires_grad and placement.places[name].is_whole
                     ],
@@ -245,21 +239,21 @@ class GradientMonitor(pl.Callback):
         current = self._current
         if current is None:
             return
-        with self._failing(current):
+        with current.guarded():
             # Who holds what may have been settled only in this step.
             current.placement = self._placement(trainer, pl_module)
-            current.loss_scale = _loss_scale(trainer)
+            current.loss_scale = loss_scale(trainer)
             current.before_step(optimizer, pl_module.named_parameters(), updates=self.update_ratio)
         every = self.histogram_every_n_steps
         if every is not None and trainer.is_global_zero and (current.step + 1) % every < self.every_n_steps:
             with self._writing:
-                self._write_histograms(trainer, pl_module, optimizer, current.step)
+                write_histograms(trainer, pl_module, optimizer, current.placement, current.step)
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         """Look at weights, and at clipped gradients."""
         self._made += 1
         if self._current is not None:
-            with self._failing(self._current), torch.no_grad():
+            with self._current.guarded(), torch.no_grad():
                 self._current.after_step(optimizer)
 
     @override
@@ -267,16 +261,21 @@ class GradientMonitor(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Add up over ranks, read, and write."""
-        if _loss_scaler(trainer) is not None:
+        if loss_scaler(trainer) is not None:
             self.skipped_steps += self._attempted - self._made
         self._attempted = self._made = 0
         current = self._current
         if current is None or trainer.fit_loop._should_accumulate():
             return
         self._current = None
-        stats = trainer.strategy.communication_stats() if isinstance(trainer.strategy, _HasStats) else {}
+        stats: Mapping[str, Any] = {}
+        with current.guarded():
+            if isinstance(trainer.strategy, _HasStats):
+                stats = trainer.strategy.communication_stats()
         measured = current.finish(float(stats.get("residual_norm", 0.0)), trainer.world_size)
-        values = self._digest(trainer, measured)
+        values: dict[str, float] = {}
+        with self._measuring:
+            values = self._digest(trainer, measured)
         if stats.get("compression_ratio", 1.0) != 1.0:
             values["grad/compression/skipped_steps"] = float(stats.get("skipped_steps", 0))
         with self._writing:
@@ -298,16 +297,13 @@ class GradientMonitor(pl.Callback):
             charted = self._leaders.update(tags.by_layer(measured, ranked))
             values |= tags.total_tags(measured) | tags.layer_tags(measured, charted)
             values |= tags.noise_tags(pieces, self.noise) | tags.exchange_tags(measured)
-        if _loss_scaler(trainer) is not None:
+        if loss_scaler(trainer) is not None and isfinite(measured.loss_scale):
             values["grad/scaler/skipped_steps"] = float(self.skipped_steps)
             values["grad/scaler/scale"] = measured.loss_scale
         return values
 
     def _placement(self, trainer: pl.Trainer, module: pl.LightningModule) -> Placement:
         return Placement.find(trainer, module, self.include, self.exclude)
-
-    def _failing(self, current: StepMeasurement) -> "_Failing":
-        return _Failing(self._measuring, current)
 
     # ---- pictures
 
@@ -322,18 +318,6 @@ class GradientMonitor(pl.Callback):
             with self._writing:
                 Path(self.plot_path).parent.mkdir(parents=True, exist_ok=True)
                 norm_plot(self.history).savefig(self.plot_path, dpi=150)
-
-    def _write_histograms(
-        self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Optimizer, step: int
-    ) -> None:
-        own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        layers: dict[str, list[Tensor]] = {}
-        places = self._placement(trainer, module).places
-        for name, parameter in module.named_parameters():
-            if name in places and id(parameter) in own and parameter.grad is not None:
-                layers.setdefault(layer_of(name), []).append(values_of(parameter.grad).flatten())
-        for layer, gradients in layers.items():
-            logs.histogram(trainer, f"grad/histogram/{layer}", torch.cat(gradients), step)
 
     # ---- what is kept
 
@@ -351,43 +335,3 @@ class GradientMonitor(pl.Callback):
     def findings(self) -> list[Finding]:
         """What the gradients of the run say about it, most important first. Not collective."""
         return findings.find(self.history, self.noise, self.skipped_steps)
-
-
-class _Failing:
-    """A context whose failure spoils a measurement, instead of ending the run."""
-
-    def __init__(self, guard: logs.Guarded, current: StepMeasurement) -> None:
-        self._guard, self._current = guard, current
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> bool:
-        if error is not None:
-            self._current.failed = True
-        return self._guard.__exit__(kind, error, traceback)
-
-
-def _may_clip(trainer: pl.Trainer, module: pl.LightningModule) -> bool:
-    """Whether gradients may be changed after the hook before the step."""
-    hooks = ("configure_gradient_clipping", "on_before_optimizer_step")
-    return bool(trainer.gradient_clip_val) or any(is_overridden(hook, module) for hook in hooks)
-
-
-def _loss_scaler(trainer: pl.Trainer) -> "torch.amp.GradScaler | None":
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return scaler if scaler is not None and scaler.is_enabled() else None
-
-
-def _loss_scale(trainer: pl.Trainer) -> Tensor | None:
-    """The factor of the loss, still on the device."""
-    scaler = _loss_scaler(trainer)
-    return None if scaler is None else scaler.scale(torch.ones((), device=trainer.strategy.root_device))
-
-
-def _samples(batch: Any) -> int:
-    """How many there are in a batch; 0 if that cannot be told."""
-    try:
-        return int(extract_batch_size(batch))
-    except Exception:  # of any kind, for batches may be of any kind
-        return 0
