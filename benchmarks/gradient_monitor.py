@@ -121,6 +121,7 @@ def cost(rounds: int, samples: int) -> dict[str, Any]:
         start = time.perf_counter()
         turns.monitor._draw(trainer, steps)
         drawing = time.perf_counter() - start
+        trainer.logger.experiment.close()  # a thread of its own writes
     result: dict[str, Any] = {
         "parameters": sum(parameter.numel() for parameter in module.parameters()),
         "tokens a step": MICRO_BATCHES * samples * LENGTH,

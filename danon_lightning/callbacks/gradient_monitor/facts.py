@@ -16,6 +16,7 @@ def may_clip(trainer: pl.Trainer, module: pl.LightningModule) -> bool:
 
 
 def loss_scaler(trainer: pl.Trainer) -> "torch.amp.GradScaler | None":
+    """The scaler of 16-bit training, if there is one at work."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return scaler if scaler is not None and scaler.is_enabled() else None
 

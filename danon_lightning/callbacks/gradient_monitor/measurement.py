@@ -1,6 +1,6 @@
 """What is measured of one step, and how it becomes numbers on the host."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from danon_lightning.callbacks.gradient_monitor.local_norms import LocalNorms
-from danon_lightning.callbacks.gradient_monitor.placement import Placement
+from danon_lightning.callbacks.gradient_monitor.placement import Place, Placement
 from danon_lightning.callbacks.gradient_monitor.tensors import (
     accumulator_dtype,
     nonfinite_counts,
@@ -100,8 +100,9 @@ class StepMeasurement:
                 been made.
         """
         own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        compared = self.local.names if self.local is not None else frozenset()
-        found, whole = [], []
+        compared: Collection[str] = self.local.names if self.local is not None else ()
+        found: list[tuple[Place, nn.Parameter, Tensor]] = []
+        whole: list[int] = []
         for name, parameter in named:
             place = self.placement.places.get(name)
             if place is not None and place.is_counted and id(parameter) in own and parameter.grad is not None:
