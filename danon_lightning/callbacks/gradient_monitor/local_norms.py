@@ -1,14 +1,14 @@
 """Norms of gradients before they are averaged over ranks, or added to those of earlier micro-batches."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from danon_lightning.callbacks.gradient_monitor.tensors import sums, values_of
-from danon_lightning.callbacks.logs import Guarded
 
 
 class LocalNorms:
@@ -20,17 +20,21 @@ class LocalNorms:
 
     Args:
         parameters: Name, index of the layer, and the parameter itself.
-        guard: Takes errors, which must not come up in the middle of a backward pass.
+        guarded: Makes a context that takes errors: they must not come up in the middle of a backward pass.
 
     Attributes:
         names: Of the watched parameters.
     """
 
-    def __init__(self, parameters: Iterable[tuple[str, int, nn.Parameter]], guard: Guarded) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, int, nn.Parameter]],
+        guarded: Callable[[], AbstractContextManager[None]],
+    ) -> None:
         """See the class."""
         parameters = list(parameters)
         self.names = frozenset(name for name, _, _ in parameters)
-        self._guard = guard
+        self._guarded = guarded
         self._norms: list[Tensor] = []
         self._layers: list[int] = []
         self._passes: Counter[int] = Counter()
@@ -38,9 +42,9 @@ class LocalNorms:
             parameter.register_hook(self._hook(index, layer)) for index, (_, layer, parameter) in enumerate(parameters)
         ]
 
-    def _hook(self, index: int, layer: int):  # type: ignore[no-untyped-def]
+    def _hook(self, index: int, layer: int) -> Callable[[Tensor], None]:
         def see(gradient: Tensor) -> None:
-            with self._guard:
+            with self._guarded():
                 values = values_of(gradient.detach())
                 reduced = values.dtype in (torch.float16, torch.bfloat16)
                 self._norms.append(torch.linalg.vector_norm(values, dtype=torch.float32 if reduced else None))

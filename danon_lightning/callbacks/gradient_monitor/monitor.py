@@ -213,14 +213,14 @@ class GradientMonitor(pl.Callback):
         current = StepMeasurement(step, placement, device, self._measuring, clips=clips)
         several = placement.replicas > 1 or placement.stages or trainer.accumulate_grad_batches > 1
         if self.local and several:
-            with self._measuring:
+            with current.guarded():
                 current.local = LocalNorms(
                     [
                         (name, placement.places[name].layer, parameter)
                         for name, parameter in module.named_parameters()
                         if name in placement.places and parameter.requires_grad and placement.places[name].is_whole
                     ],
-                    self._measuring,
+                    current.guarded,
                 )
         elif self.local and not self._said:
             self._said = True

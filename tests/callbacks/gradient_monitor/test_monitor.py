@@ -6,15 +6,18 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
+from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import FSDPStrategy
+from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
 sys.path.insert(0, str(Path(__file__).parent))
 from monitored import Network, Remember, fit, hooks_of, loader, trainer_with
 
+import danon_lightning
 from danon_lightning.callbacks import GradientMonitor
 from danon_lightning.callbacks.gradient_monitor import tags
 from danon_lightning.callbacks.gradient_monitor.placement import Placement, check_strategy, layer_of
@@ -120,13 +123,22 @@ def test_an_error_of_the_module_leaves_no_hook():
     assert module.seen[-1] and not hooks_of(trainer, module)
 
 
-@pytest.mark.parametrize("what", ["nonzero_counts", "sums", "Measured.norms", "LocalNorms.squares"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        "measurement.nonzero_counts",
+        "measurement.sums",
+        "measurement.Measured.norms",
+        "local_norms.LocalNorms.squares",
+        "local_norms.values_of",
+    ],
+)
 def test_what_cannot_be_measured_does_not_end_the_run(monkeypatch, what):
     def fail(*args, **kwargs):
         raise RuntimeError("out of luck")
 
     monitor = GradientMonitor(1)
-    monkeypatch.setattr(f"danon_lightning.callbacks.gradient_monitor.measurement.{what}", fail)
+    monkeypatch.setattr(f"danon_lightning.callbacks.gradient_monitor.{what}", fail)
     with pytest.warns(UserWarning, match="could not measure gradients .RuntimeError: out of luck.: training goes on"):
         assert not fit(monitor, accumulate_grad_batches=2)
     monkeypatch.undo()
@@ -206,6 +218,12 @@ def test_without_matplotlib_there_are_no_pictures(monkeypatch):
         with pytest.raises(ModuleNotFoundError, match="needs matplotlib: pip install matplotlib, or leave it out"):
             GradientMonitor(**wanted)
     assert GradientMonitor().heat_map is False
+
+
+def test_the_config_makes_one():
+    folder = Path(danon_lightning.__file__).parent / "configs" / "callbacks"
+    config = OmegaConf.load(folder / "monitor.yaml")
+    assert isinstance(instantiate(config.gradient_monitor), GradientMonitor)
 
 
 def test_sharded_gradients_are_refused():
