@@ -76,6 +76,7 @@ PUBLIC = {
     ],
     "danon_lightning.optim": ["OneBitAdam"],
     "danon_lightning.strategies": [
+        "AsyncSync",
         "Bf16Compressor",
         "Compressor",
         "Context",
@@ -87,6 +88,7 @@ PUBLIC = {
         "Int8Compressor",
         "LinearCompressor",
         "Mesh",
+        "PeriodicSync",
         "PipelinedStrategy",
         "PowerSGDCompressor",
         "RandomKCompressor",

@@ -337,6 +337,7 @@ class PipelinedStrategy(DanonHybridStrategy):
         """Begin anew."""
         self._steps.forget_training()
         self._kept = ()
+        super().on_train_start()
 
     def _settle(self) -> None:
         """Now that a training step is known: keep only what the stages of this rank use."""
@@ -352,6 +353,9 @@ class PipelinedStrategy(DanonHybridStrategy):
                 group["params"] = [released.get(parameter, parameter) for parameter in group["params"]]
             for parameter in released:
                 optimizer.state.pop(parameter, None)
+        for sync in (self._stale, self._local):
+            if sync is not None:
+                sync.release(released)
         self._settled = True
 
     def parameter_stages(self) -> dict[str, list[tuple[int, int]]]:
@@ -377,7 +381,8 @@ class PipelinedStrategy(DanonHybridStrategy):
         self._held_back = None
         if self._synchronizes:
             self._pipeline.gather_shared_gradients()
-            self._average_over_replicas()
+            if self._local is None:
+                self._average_over_replicas()
             self._pipeline.spread_shared_gradients()
         return self.precision_plugin.post_backward(closure_loss, self.lightning_module)
 
@@ -396,9 +401,32 @@ class PipelinedStrategy(DanonHybridStrategy):
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+        if self._stale is not None:
+            self._exchange_late(parameters)
+            return
         communicator.average(parameters, self._bucket_bytes)
         if not communicator.finite:
             self._skip_step(self._own_parameters())
+
+    @override
+    def _average_moves(self, parameters: list[nn.Parameter]) -> bool:
+        counted = self._pipeline.counted_here()
+        finite = super()._average_moves([parameter for parameter in parameters if id(parameter) in counted])
+        self._pipeline.spread_shared_gradients()
+        return finite
+
+    @override
+    def _held(self, module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+        assert self._staged is not None
+        for name in self._staged.owners:
+            parameter = self._staged.parameter(name)
+            if parameter is not None:
+                yield name, parameter
+
+    @override
+    def _whole(self, own: dict[str, Any]) -> dict[str, Any]:
+        assert self._staged is not None
+        return self._gather(own, self._staged.owners)
 
     @override
     def _replicas(self) -> tuple[dist.ProcessGroup | None, set[int]]:
@@ -421,10 +449,7 @@ class PipelinedStrategy(DanonHybridStrategy):
 
     def _own_parameters(self) -> Iterator[nn.Parameter]:
         assert self._staged is not None
-        for name in self._staged.owners:
-            parameter = self._staged.parameter(name)
-            if parameter is not None:
-                yield parameter
+        return (parameter for _, parameter in self._held(self._staged.root))
 
     # ---- collective decisions
 
@@ -482,6 +507,8 @@ class PipelinedStrategy(DanonHybridStrategy):
         """The whole state on rank 0, as a plain Trainer would save it; nothing elsewhere. Collective."""
         assert self.lightning_module is not None
         state = self.lightning_module.state_dict()
+        if self._local is not None:
+            state = self._with_means(state, self._local)
         return self._gather({name: value for name, value in state.items() if self._keeps(name)}, state)
 
     def _keeps(self, name: str) -> bool:
