@@ -75,6 +75,7 @@ class StepMeasurement:
         stepped: Whether any optimizer has made its step.
         clips: Whether gradients may change between the hooks before and after the step.
         failed: Whether something could not be measured, so that none of it is to be believed.
+        stale: Whether the gradient is another than the mean of what backward passes have brought.
     """
 
     step: int
@@ -88,6 +89,7 @@ class StepMeasurement:
     stepped: bool = False
     clips: bool = True
     failed: bool = False
+    stale: bool = False
     _rows: dict[tuple[int, Row], Tensor] = field(default_factory=dict)
 
     def before_step(self, optimizer: Optimizer, named: Iterable[tuple[str, nn.Parameter]], *, updates: bool) -> None:
@@ -197,6 +199,7 @@ class StepMeasurement:
             scalars=numbers[-len(Scalar) :],
             stepped=self.stepped,
             clips=self.clips,
+            stale=self.stale,
         )
 
     def _everything(self, residual: float, world_size: int) -> Tensor:
@@ -231,6 +234,7 @@ class Measured:
         scalars: [len(Scalar)], means over ranks.
         stepped: Whether the optimizer has made its step.
         clips: Whether gradients were looked at again before it.
+        stale: Whether the gradient is another than the mean of what backward passes have brought.
     """
 
     step: int
@@ -239,6 +243,7 @@ class Measured:
     scalars: NDArray[np.float64]
     stepped: bool
     clips: bool
+    stale: bool = False
 
     @property
     def active(self) -> NDArray[np.bool_]:

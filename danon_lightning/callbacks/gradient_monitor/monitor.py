@@ -33,6 +33,11 @@ class _HasStats(Protocol):
     def communication_stats(self) -> Mapping[str, Any]: ...
 
 
+@runtime_checkable
+class _HasStaleness(Protocol):
+    def parameter_staleness(self) -> float: ...
+
+
 class GradientMonitor(pl.Callback):
     """Measures the gradients of every n-th step: how large, how noisy, and what the optimizer makes of them.
 
@@ -64,7 +69,9 @@ class GradientMonitor(pl.Callback):
         ``grad/heat_map`` (figure): norms, layers × steps. ``grad/histogram/<layer>`` (histogram), if asked for.
 
     Not known, and left out: cosine and noise scale with a single device and no accumulation (there is nothing to
-    compare), and where error feedback adds residuals of earlier steps to the gradient; parameters that several stages
+    compare), where error feedback adds residuals of earlier steps to the gradient, and where replicas do not average
+    the gradients of a step in this step (``sync_mode`` "async" or "periodic"; norms of replicas that differ are the
+    root of their mean square); parameters that several stages
     share (tied embeddings) do not enter these two. They rest on losses being means over samples, micro-batches being
     equally large and their gradients being independent. In manual optimization they are known between ranks only, and
     gradients are measured when ``optimizer.step()`` is called: after clipping by hand.
@@ -243,6 +250,7 @@ class GradientMonitor(pl.Callback):
             # Who holds what may have been settled only in this step.
             current.placement = self._placement(trainer, pl_module)
             current.loss_scale = loss_scale(trainer)
+            current.stale |= _is_stale(trainer)
             current.before_step(optimizer, pl_module.named_parameters(), updates=self.update_ratio)
         every = self.histogram_every_n_steps
         if every is not None and trainer.is_global_zero and (current.step + 1) % every < self.every_n_steps:
@@ -272,6 +280,7 @@ class GradientMonitor(pl.Callback):
         with current.guarded():
             if isinstance(trainer.strategy, _HasStats):
                 stats = trainer.strategy.communication_stats()
+            current.stale |= _is_stale(trainer)
         measured = current.finish(float(stats.get("residual_norm", 0.0)), trainer.world_size)
         values: dict[str, float] = {}
         with self._measuring:
@@ -335,3 +344,8 @@ class GradientMonitor(pl.Callback):
     def findings(self) -> list[Finding]:
         """What the gradients of the run say about it, most important first. Not collective."""
         return findings.find(self.history, self.noise, self.skipped_steps)
+
+
+def _is_stale(trainer: pl.Trainer) -> bool:
+    """Whether the gradient is not the mean of what the replicas have found in this step."""
+    return isinstance(trainer.strategy, _HasStaleness) and trainer.strategy.parameter_staleness() > 0

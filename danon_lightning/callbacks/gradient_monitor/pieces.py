@@ -17,14 +17,14 @@ def pieces_of(measured: Measured, accumulated: int) -> Pieces | None:
     Returns:
         None if there is nothing to be compared: a single piece, or pieces that do not add up to the gradient: an
         epoch's last and incomplete accumulation, backward passes that differ from rank to rank, lossy compression with
-        residuals of earlier steps in the gradient.
+        residuals of earlier steps in the gradient, replicas that synchronise late or in periods.
     """
     passes = float(measured.scalars[Scalar.PASSES])
     differ = abs(float(measured.scalars[Scalar.PASSES_SQUARED]) - passes**2) > 1e-6 * passes**2
     in_stages = bool(measured.placement.stages)
     complete = passes > 0 and (passes % accumulated == 0 if in_stages else passes == accumulated)
     number = passes * measured.placement.replicas
-    if differ or not complete or number < 2 or measured.scalars[Scalar.RESIDUAL] > 0:
+    if measured.stale or differ or not complete or number < 2 or measured.scalars[Scalar.RESIDUAL] > 0:
         return None
     return Pieces(
         square_of_piece=passes * float(measured.rows[Row.PIECES].sum()) / measured.loss_scale**2,

@@ -73,6 +73,18 @@ def top_k():
     return DanonHybridStrategy(compression=TopKCompressor(0.05))
 
 
+def sharded():
+    return DanonHybridStrategy(optimizer_sharding=True)
+
+
+def late():
+    return DanonHybridStrategy(sync_mode="async")
+
+
+def periodic():
+    return DanonHybridStrategy(sync_mode="periodic")
+
+
 def pipeline():
     return DanonHybridStrategy(pipeline_parallel_size=2, num_microbatches=4)
 
@@ -84,6 +96,9 @@ def zero_bubble():
 CASES = {
     "ddp": (ddp, {}, Network, share),
     "danon_hybrid": (hybrid, {}, Network, share),
+    "sharded": (sharded, {}, Network, share),
+    "late": (late, {}, Network, share),
+    "periodic": (periodic, {}, Network, share),
     "accumulated": (ddp, {"accumulate_grad_batches": 2, "max_epochs": -1}, Network, share),
     "top-k": (top_k, {}, plain_module.PlainModule, plain_share),
     "pipeline": (pipeline, {"precision": "64-true", "gradient_clip_val": 0.5}, lightning_modules.Tied, whole_batch),
@@ -126,7 +141,7 @@ def batches_of(pieces):
     return float(pieces.var(0).sum() / number / ((products.sum() - products.trace()) / number / (number - 1)))
 
 
-@pytest.mark.parametrize(("name", "accumulate"), [("ddp", 1), ("danon_hybrid", 1), ("accumulated", 2)])
+@pytest.mark.parametrize(("name", "accumulate"), [("ddp", 1), ("danon_hybrid", 1), ("sharded", 1), ("accumulated", 2)])
 def test_local_gradients_are_compared(logged, name, accumulate):
     which = "ranks" if accumulate == 1 else "micro_batches"
     steps = list(zip(logged[name].values(), expected_steps(accumulate), strict=False))
@@ -149,6 +164,21 @@ def test_what_compression_owes(logged):
         assert values["grad/compression/skipped_steps"] == 0
         assert not any("cosine" in tag or "noise" in tag for tag in values)
     assert not any("compression" in tag for values in logged["danon_hybrid"].values() for tag in values)
+
+
+def test_updates_are_seen_wherever_the_state_of_the_optimizer_lies(logged):
+    for name in ("danon_hybrid", "sharded"):
+        for step, values in logged[name].items():
+            assert values == pytest.approx(logged["ddp"][step], rel=1e-4)
+            assert values["grad/total/update_ratio"] > 0
+
+
+def test_replicas_that_do_not_average_each_step_are_not_compared(logged):
+    for name in ("late", "periodic"):
+        assert logged[name]
+        for values in logged[name].values():
+            assert values["grad/total/norm"] > 0
+            assert not any("cosine" in tag or "noise" in tag for tag in values)
 
 
 @pytest.mark.parametrize("name", ["pipeline", "zero bubble"])
