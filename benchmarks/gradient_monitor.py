@@ -6,7 +6,8 @@
 The cost: a transformer of 26 million parameters is trained with AdamW on the CPU, in one run. Steps take turns: one
 without the callback, one that it does not log, one that it logs, with everything it measures by default (local
 gradients too, for each step has two micro-batches) and TensorBoard as logger. From these times follows what logging
-every tenth step costs, against all steps that are not logged. The heat map and its plot, made every 500 steps, are timed by themselves and added.
+every tenth step costs, against all steps that are not logged. The heat map and its plot, made every 500 steps, are
+timed by themselves and added.
 
 The noise scale: the gradients of samples are G + ε with known G and known covariance of ε.
 """
