@@ -43,10 +43,14 @@ class KnowsFinite(Protocol):
 
 @runtime_checkable
 class ReplaysPipeline(Protocol):
-    """A strategy with stages that can run its last training step again."""
+    """A strategy with stages that can run a training step of the optimizer step under way again."""
 
-    def replay_training_step(self, tracer: Any) -> None:
-        """Run it inside of ``tracer.measuring(stage, kind, micro_batch)``. Collective."""
+    def keep_batches(self) -> None:
+        """Get ready for it."""
+        ...
+
+    def replay_training_step(self, observer: Any, batch: int = -1) -> dict[str, Tensor]:
+        """Run it inside of ``observer.measuring(stage, kind, micro_batch)``; the gradients of this rank. Collective."""
         ...
 
 
@@ -119,9 +123,7 @@ def gather(value: dict[str, Any], device: torch.device) -> list[dict[str, Any]]:
     padded = torch.zeros(longest, dtype=torch.uint8)
     padded[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     gathered = _all_gather(padded.to(device))
-    return [
-        json.loads(bytes(one[: int(length)].cpu().tolist())) for one, length in zip(gathered, lengths, strict=True)
-    ]
+    return [json.loads(bytes(one[: int(length)].cpu().tolist())) for one, length in zip(gathered, lengths, strict=True)]
 
 
 def _all_gather(tensor: Tensor) -> list[Tensor]:

@@ -1,6 +1,6 @@
 """The micro-batches of the optimizer step under way, kept so that they can be run again."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,6 +82,11 @@ class StepBatches:
         """Of all steps that are kept."""
         return [loss for one in self._batches for loss in one.losses]
 
+    def clear_losses(self) -> None:
+        """Begin anew with the same batches: the optimizer has made a step, and another one follows."""
+        for one in self._batches:
+            one.losses.clear()
+
     def clear(self) -> None:
         """Let go of all batches."""
         self._batches.clear()
@@ -132,7 +137,7 @@ def bad_leaves(batch: Any) -> list[BadLeaf]:
     return found
 
 
-def _samples(bad: Tensor) -> Sequence[int] | tuple[int, ...]:
+def _samples(bad: Tensor) -> tuple[int, ...]:
     if bad.dim() == 0 or bad.shape[0] < 2:
         return ()
     which = bad.flatten(1).any(1) if bad.dim() > 1 else bad
@@ -142,6 +147,4 @@ def _samples(bad: Tensor) -> Sequence[int] | tuple[int, ...]:
 
 def _versions(batch: Any) -> list[int]:
     leaves, _ = tree_flatten_with_path(batch)
-    return [
-        leaf._version for _, leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_inference()
-    ]
+    return [leaf._version for _, leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]

@@ -83,7 +83,7 @@ class HigherPrecision:
 
         def undo() -> None:
             if own is None:
-                vars(module).pop("forward", None)
+                del module.forward
             else:
                 module.forward = own
 

@@ -24,14 +24,12 @@ class Circumstances:
         learning_rate: The largest of all groups.
         grew: By which factor the norm of the gradients had grown over its median in the last steps before, 1 if
             unknown.
-        loss_scale: Of the gradient scaler, None without one.
     """
 
     precision: str = "32-true"
     clips: bool = False
     learning_rate: float = 0.0
     grew: float = 1.0
-    loss_scale: float | None = None
 
 
 def recommend(report: Report, now: Circumstances) -> list[str]:
@@ -123,8 +121,8 @@ def _for_operation(origin: Origin, now: Circumstances) -> list[str]:
         found.append("A division by zero: add an eps to the divisor, or clamp_min it.")
     elif any(part in name for part in _SOFTMAX):
         found.append(
-            "A row of a softmax may be masked out as a whole: make sure that each row keeps an element, or set such rows "
-            "to zero afterwards (add a check of the mask's rows)."
+            "A row of a softmax may be masked out as a whole: make sure that each row keeps an element, or set such "
+            "rows to zero afterwards (add a check of the mask's rows)."
         )
     elif any(name.startswith(part) for part in _POWERS):
         at_zero = "has no finite derivative at zero" if origin.phase == "backward" else "of a negative number is NaN"
@@ -153,7 +151,7 @@ def _for_half(origin: Origin, now: Circumstances) -> list[str]:
     largest = max((_size(one) for one in origin.inputs), default=0.0)
     found = [
         f"{half} ends at {_HALF[half]:.4g}, what went in here was as large as {largest:.4g}: run "
-        f"{origin.module or 'this part'} in float32 (policy=\"fallback\" does it for a while, "
+        f'{origin.module or "this part"} in float32 (policy="fallback" does it for a while, '
         "torch.autocast(device, enabled=False) for good)."
     ]
     if half == "float16":
