@@ -4,7 +4,7 @@ import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy
 import torch
@@ -18,7 +18,7 @@ class RandomState:
     Attributes:
         cpu: Of torch on the CPU, uint8.
         device: Of torch on the accelerator, uint8; None for the CPU.
-        numpy: Of ``numpy.random``: the keys as an int64 tensor [624], position, whether a Gaussian is held back, and it.
+        numpy: Of ``numpy.random``: keys as an int64 tensor [624], position, whether a Gaussian is held back, and it.
         python: Of ``random``: version, numbers, the Gaussian held back.
     """
 
@@ -45,12 +45,12 @@ def random_state(device: torch.device | None = None) -> RandomState:
     Args:
         device: The accelerator whose generator counts besides that of the CPU.
     """
-    _, keys, position, has_gauss, cached = numpy.random.get_state(legacy=True)
+    _, keys, position, has_gauss, cached = cast(Any, numpy.random.get_state(legacy=True))
     return RandomState(
         torch.get_rng_state(),
         torch.get_device_module(device).get_rng_state(device) if _has_generator(device) else None,
         (torch.from_numpy(keys.astype("int64")), int(position), int(has_gauss), float(cached)),
-        random.getstate(),  # type: ignore[arg-type]
+        random.getstate(),
     )
 
 
