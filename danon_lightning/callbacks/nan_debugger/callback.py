@@ -46,7 +46,7 @@ from danon_lightning.callbacks.nan_debugger.step_reader import (
     unscales_by_itself,
     weights_of,
 )
-from danon_lightning.callbacks.nan_debugger.thresholds import Limits, Watch
+from danon_lightning.callbacks.nan_debugger.thresholds import NumericLimits, Watch
 
 # The numbers of so many bad steps are remembered.
 _REMEMBERED = 1000
@@ -118,7 +118,7 @@ class NaNDebugger(pl.Callback):
         check_validation: bool = True,
         max_scaler_skips: int = 16,
         min_loss_scale: float = 1.0,
-        limits: Limits | None = None,
+        limits: NumericLimits | None = None,
         history_size: int = 200,
         plot_path: str | Path | None = None,
         log_path: str | Path | None = None,
@@ -146,7 +146,7 @@ class NaNDebugger(pl.Callback):
         self.history = History(history_size)
         self._reader = StepReader(check_inputs_every_n_steps, check_weights_every_n_steps)
         self._display = Display(log_path, plot_path, console or Console())
-        self._watch = Watch(limits or Limits(), self.history)
+        self._watch = Watch(limits or NumericLimits(), self.history)
         self._skips = Skips(max_consecutive_skips)
         self._scaler_watch = ScalerWatch(max_scaler_skips, min_loss_scale)
         self._raised = HigherPrecision(fallback_steps)
@@ -368,8 +368,7 @@ class NaNDebugger(pl.Callback):
                     one.kind, step=step, parameter=one.parameter, value=one.value, usual=one.usual, advice=advice
                 )
         self._skips.reset()
-        if self.policy in ("skip", "fallback"):
-            self._buffers.take(module)
+        self._buffers.take(module)
         for name in self._raised.count_down():
             self._display.event("fallback_ended", step=step, module=name)
 
@@ -393,7 +392,8 @@ class NaNDebugger(pl.Callback):
         """The loss of this rank is not finite, but no gradient is spoilt: no other rank needs to know."""
         if len(self.reports) >= self.max_reports:
             return
-        finding, _ = investigate(trainer, module, self._batches, symptoms)
+        with self._buffers.as_before(module):
+            finding, _ = investigate(trainer, module, self._batches, symptoms)
         why = f"the loss of rank {trainer.global_rank} is not finite, though all gradients are"
         report = conclude(trainer.global_step, trainer.current_epoch, [finding], why)
         report = with_outcome(
@@ -435,7 +435,8 @@ class NaNDebugger(pl.Callback):
             raise NonFiniteError(f"Step {step} is not finite.\nNow: {action}{known}")
 
     def _find_out(self, trainer: pl.Trainer, module: pl.LightningModule, symptoms: Symptoms, why: str) -> Report:
-        finding, culprit = investigate(trainer, module, self._batches, symptoms)
+        with self._buffers.as_before(module):
+            finding, culprit = investigate(trainer, module, self._batches, symptoms)
         own = gather(finding.to_dict(), trainer.strategy.root_device)
         findings = [RankFinding.from_dict(one) for one in own]
         return conclude(trainer.global_step, trainer.current_epoch, findings, why)

@@ -28,6 +28,7 @@ class History:
     names: list[str] = field(default_factory=list)
     _columns: dict[str, int] = field(default_factory=dict)
     _norms: NDArray[np.float64] = field(default_factory=lambda: np.empty((0, 0)))
+    _next: int = 0
     _order: tuple[tuple[str, ...], NDArray[np.intp]] = ((), np.empty(0, np.intp))
 
     def add(
@@ -48,14 +49,11 @@ class History:
             values.append(value if np.isfinite(value) else float("nan"))
             del values[: -self.size]
         columns = self.columns(tuple(names))
-        row = len(self.steps) % self.size if len(self.steps) < self.size else self._next
+        row, self._next = self._next, (self._next + 1) % self.size
         self.steps.append(step)
         del self.steps[: -self.size]
         self._norms[row] = np.nan
         self._norms[row, columns] = np.where(np.isfinite(norms), norms, np.nan)
-        self._next = (row + 1) % self.size
-
-    _next: int = 0
 
     def columns(self, names: tuple[str, ...]) -> NDArray[np.intp]:
         """Where the parameters stand in :meth:`norms`; new ones are added."""

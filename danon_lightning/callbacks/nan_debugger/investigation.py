@@ -108,13 +108,17 @@ def _replayed(
             loss_scale=symptoms.scale / trainer.accumulate_grad_batches,
             micro_batch=one.number,
         )
-        if replay.note:
+        if replay.note and replay.origin is None:
             notes.append(replay.note)
-        if not replay.finite:
+        if not replay.finite or not replay.complete:
+            origin = replay.origin or replay.scaled_origin
+            if not replay.complete and origin is None:
+                origin = from_gradients(module, symptoms.bad_gradients, symptoms.reading.losses)
             found = replace(
                 finding,
-                reproduced=True,
-                origin=replay.origin,
+                reproduced=not replay.finite,
+                replayed=replay.complete or not replay.finite,
+                origin=origin,
                 batch_number=one.number,
                 batch_idx=one.batch_idx,
                 notes=tuple(dict.fromkeys(notes)),
@@ -153,8 +157,6 @@ def _replay_pipeline(
 
 def _cannot_replay(trainer: pl.Trainer, module: pl.LightningModule, kept: Sequence[MicroBatch]) -> str:
     """Why a step cannot be run again; empty if it can. The same on all ranks."""
-    if not module.automatic_optimization:
-        return "with manual optimization, training_step changes the weights while it runs"
     if not kept or kept[-1].batch is None:
         return "training_step takes its batches itself"
     if pipeline_stages(trainer.strategy) > 1:

@@ -105,13 +105,15 @@ class Report:
         what = {
             "input": "the batch is not finite",
             "weight": "a weight was not finite before the step",
-            "forward": "the forward pass",
-            "backward": "the backward pass",
             "optimizer": "the optimizer has made a weight that is not finite",
             "reduction": "the sum of gradients, each of them finite, has overflowed",
-            "transient": "it does not happen again: a fault of the hardware, or something that cannot be run again",
-        }.get(self.cause, "the step could not be run again")
-        return f"Step {self.step} is not finite: {what}"
+            "transient": "it does not happen again, a fault of the hardware or of something that cannot be run again",
+        }.get(self.cause)
+        origin = self.origin
+        if what is None and origin is not None:
+            module = f" in {origin.module or 'the LightningModule'}" if origin.module_type else ""
+            what = f"{origin.name or 'some operation'}{module}, {self.cause} pass"
+        return f"Step {self.step} is not finite: {what or 'it could not be run again'}"
 
     def lines(self) -> list[str]:
         """All there is to say, a line each."""

@@ -15,7 +15,7 @@ _MEDIAN_EVERY = 10
 
 
 @dataclass(frozen=True)
-class Limits:
+class NumericLimits:
     """What counts as odd. None switches a limit off.
 
     Attributes:
@@ -80,7 +80,7 @@ class Watch:
         history: The steps before, to which the present one has not yet been added.
     """
 
-    def __init__(self, limits: Limits, history: History) -> None:
+    def __init__(self, limits: NumericLimits, history: History) -> None:
         """See the class."""
         self.limits, self._history = limits, history
         self._mentioned: dict[tuple[str, str], int] = {}
@@ -116,7 +116,8 @@ class Watch:
 
     def _usual(self, step: int) -> NDArray[np.float64]:
         if step - self._medians_at >= _MEDIAN_EVERY:
-            norms = self._history.norms()[:, self._history.columns(self._names)]
+            columns = self._history.columns(self._names)
+            norms = self._history.norms()[:, columns]
             known = np.isfinite(norms).sum(0) >= _MEDIAN_STEPS
             self._medians = np.full(len(self._names), np.nan)
             if known.any():
