@@ -12,10 +12,10 @@ import torch
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
-from danon_lightning.callbacks.nan_debugger.stand_ins import intercepted, without_nested_backward
 from danon_lightning.callbacks.nan_debugger.origin import Origin
 from danon_lightning.callbacks.nan_debugger.preservation import KeptValues, preserved, silent
 from danon_lightning.callbacks.nan_debugger.random_state import RandomState, random_state, restoring
+from danon_lightning.callbacks.nan_debugger.stand_ins import intercepted, without_nested_backward
 from danon_lightning.callbacks.nan_debugger.tracer import OriginTracer
 from danon_lightning.callbacks.nan_debugger.values import badness
 
