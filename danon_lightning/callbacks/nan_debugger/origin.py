@@ -129,8 +129,8 @@ class Origin:
             "transient": "it does not happen again with the same batch, weights and random numbers",
         }.get(self.cause)
         if what is None:
-            of = " of the derivative" if self.phase == "backward" and self.op else ""
-            what = f"{self.name}{of} ({self.op})" if self.op else "some operation"
+            of = "derivative of " if self.phase == "backward" and self.forward_op else ""
+            what = f"{of}{self.name} ({self.op})" if self.op else "some operation"
         module = f" in {self.module or 'the LightningModule'}" if self.module_type else ""
         kind = f" ({self.module_type})" if self.module_type else ""
         rest = [self.phase if self.cause in ("forward", "backward") else "", self.location]
