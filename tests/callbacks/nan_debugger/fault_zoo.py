@@ -270,6 +270,10 @@ def hidden_row(scores: Tensor) -> Tensor:
     return scores.masked_fill(mask, -torch.inf)
 
 
+def unlucky() -> Model:
+    return Model(Unlucky())
+
+
 def poisoned() -> Model:
     model = Model(nn.Linear(WIDTH, WIDTH))
     with torch.no_grad():
@@ -317,7 +321,7 @@ FAULTS = [
         "forward",
         "div",
     ),
-    Fault("dropout leaves nothing", lambda: Model(Unlucky()), "forward", "div"),
+    Fault("dropout leaves nothing", unlucky, "forward", "div"),
     Fault(
         "no label counts",
         Classifier,
