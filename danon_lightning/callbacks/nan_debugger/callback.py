@@ -13,40 +13,20 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from danon_lightning.callbacks.health.finding import Finding
-from danon_lightning.callbacks.nan_debugger.agreement import (
-    ReplaysPipeline,
-    any_rank,
-    dropped_by_strategy,
-    gather,
-    has_equal_gradients,
-)
+from danon_lightning.callbacks.nan_debugger.agreement import ReplaysPipeline, gather, has_equal_gradients
 from danon_lightning.callbacks.nan_debugger.batches import StepBatches, bad_leaves
-from danon_lightning.callbacks.nan_debugger.buffers import BufferCopies
 from danon_lightning.callbacks.nan_debugger.check import Reading, not_finite
 from danon_lightning.callbacks.nan_debugger.display import Display
-from danon_lightning.callbacks.nan_debugger.higher_precision import HigherPrecision
 from danon_lightning.callbacks.nan_debugger.history import History
-from danon_lightning.callbacks.nan_debugger.investigation import Symptoms, investigate
-from danon_lightning.callbacks.nan_debugger.policies import (
-    NonFiniteError,
-    Policy,
-    ScalerWatch,
-    Skips,
-    check_policy,
-    drop_gradients,
-)
+from danon_lightning.callbacks.nan_debugger.investigation import BundleSettings, Symptoms, bundle_of, investigate
+from danon_lightning.callbacks.nan_debugger.policies import NonFiniteError, Policy, ScalerWatch, check_policy
 from danon_lightning.callbacks.nan_debugger.random_state import random_state
 from danon_lightning.callbacks.nan_debugger.recommendations import Circumstances, advice_for, recommend
-from danon_lightning.callbacks.nan_debugger.report import RankFinding, Report, conclude, with_outcome
-from danon_lightning.callbacks.nan_debugger.step_reader import (
-    ParameterNames,
-    StepReader,
-    learning_rate,
-    scaler_of,
-    unscales_by_itself,
-    weights_of,
-)
+from danon_lightning.callbacks.nan_debugger.report import RankFinding, Report, conclude, with_bundle, with_outcome
+from danon_lightning.callbacks.nan_debugger.response import Response
+from danon_lightning.callbacks.nan_debugger.step_reader import ParameterNames, StepReader, learning_rate, weights_of
 from danon_lightning.callbacks.nan_debugger.thresholds import NumericLimits, Watch
+from danon_lightning.callbacks.nan_debugger.verdict import judge
 
 # The numbers of so many bad steps are remembered.
 _REMEMBERED = 1000
@@ -128,7 +108,7 @@ class NaNDebugger(pl.Callback):
         console: Console | None = None,
     ) -> None:
         """See the class."""
-        self.policy = check_policy(policy)
+        check_policy(policy)
         for name, value, least in (
             ("max_consecutive_skips", max_consecutive_skips, 0),
             ("max_reports", max_reports, 1),
@@ -140,17 +120,16 @@ class NaNDebugger(pl.Callback):
             if value < least:
                 raise ValueError(f"{name}={value} must be at least {least}")
         self.max_reports, self.check_validation = max_reports, check_validation
-        self.bundle_dir, self.include_data, self.max_bundle_bytes = bundle_dir, include_data, max_bundle_bytes
+        self._bundles = BundleSettings(bundle_dir, include_data, max_bundle_bytes)
         self.reports: list[Report] = []
         self.bad_steps: list[int] = []
         self.history = History(history_size)
         self._reader = StepReader(check_inputs_every_n_steps, check_weights_every_n_steps)
         self._display = Display(log_path, plot_path, console or Console())
         self._watch = Watch(limits or NumericLimits(), self.history)
-        self._skips = Skips(max_consecutive_skips)
         self._scaler_watch = ScalerWatch(max_scaler_skips, min_loss_scale)
-        self._raised = HigherPrecision(fallback_steps)
-        self._batches, self._buffers = StepBatches(), BufferCopies()
+        self._response = Response(policy, max_consecutive_skips, fallback_steps)
+        self._batches = StepBatches()
         self._odd: dict[str, str] = {}
         self._begin()
 
@@ -161,7 +140,6 @@ class NaNDebugger(pl.Callback):
         self._stepped = self._busy = self._weights_known = False
         self._bad_losses: list[Tensor] = []
         self._batches.clear()
-        self._buffers.clear()
 
     # ---- the life of a fit
 
@@ -177,8 +155,7 @@ class NaNDebugger(pl.Callback):
         self._weights_known = not bad
         if bad:
             self._say_weights(trainer.global_step, bad, "before the first step")
-        self._raised.restore(pl_module)
-        self._buffers.take(pl_module)
+        self._response.begin(pl_module)
 
     @override
     def on_train_batch_start(
@@ -264,34 +241,31 @@ class NaNDebugger(pl.Callback):
         self._clean_up()
 
     def _clean_up(self) -> None:
-        self._raised.release()
+        self._response.end()
         self._batches.clear()
-        self._buffers.clear()
 
     @override
     def state_dict(self) -> dict[str, Any]:
         """Counters, and which modules run in a higher precision."""
         return {
-            "skipped": [self._skips.in_a_row, self._skips.total],
+            "response": self._response.state_dict(),
             "scaler_skips": self._scaler_watch.in_a_row,
             "bad_steps": list(self.bad_steps),
-            "higher_precision": self._raised.state_dict(),
         }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where a checkpoint was written."""
-        self._skips.in_a_row, self._skips.total = state_dict["skipped"]
+        self._response.load_state_dict(state_dict["response"])
         self._scaler_watch.in_a_row = state_dict["scaler_skips"]
         self.bad_steps = list(state_dict["bad_steps"])
-        self._raised.load_state_dict(state_dict["higher_precision"])
 
     def findings(self) -> Sequence[Finding]:
         """What there is to say of the run."""
         found = [Finding("error", f"step {one.step}", one.headline(), " ".join(one.advice[:2])) for one in self.reports]
         more = len(self.bad_steps) - len(self.reports)
         if more > 0:
-            text = f"{more} more steps were not finite; {self._skips.total} were skipped"
+            text = f"{more} more steps were not finite; {self._response.skips.total} were skipped"
             found.append(Finding("error", "steps that are not finite", text))
         found += [Finding("warning", "gradients and weights", text, advice) for text, advice in self._odd.items()]
         if not found and self.history.steps:
@@ -304,42 +278,21 @@ class NaNDebugger(pl.Callback):
         step = trainer.global_step
         gradients = self._names.gradients(module, optimizer)
         reading, scale = self._reader.read(trainer, module, optimizer, gradients, self._batches)
-        bad_names: tuple[str, ...] = ()
+        bad: tuple[str, ...] = ()
         if not reading.gradients_finite:  # the norm of large but finite numbers may overflow
-            bad_names = tuple(not_finite(gradients))
-        bad = bool(bad_names) or dropped_by_strategy(trainer.strategy)
-        losses_finite, alone = reading.losses_finite, False
-        if trainer.world_size > 1:
-            if not self._equal:
-                bad, losses_finite = self._agree(trainer, bad, losses_finite)
-            elif bad:
-                losses_finite = not any_rank(trainer, not losses_finite)
-            else:  # other ranks do not know
-                alone = not losses_finite
-        why = ""
-        if scale is not None and not alone:
-            why = self._scaler_watch.look(not bad, losses_finite, scale)
-            if bad and not why:
-                self._display.event("scaler_skip", step=step, scale=scale)
-                self._note_history(step, reading, optimizer)
-                return
-            bad = bool(why)
-        elif not losses_finite and not bad:
-            why = "the loss is not finite, though all gradients are"
-        symptoms = Symptoms(reading, bad_names, scale or 1.0, self._last_norm(), self._weights_known)
-        if alone:
-            self._report_alone(trainer, module, optimizer, symptoms)
-        if bad or not (losses_finite or alone):
+            bad = tuple(not_finite(gradients))
+        verdict = judge(trainer, reading, not bad, self._equal, scale, self._scaler_watch)
+        symptoms = Symptoms(reading, bad, scale or 1.0, self._last_norm(), self._weights_known)
+        if verdict.is_fault_here:
+            self._report_alone(trainer, module, symptoms)
+        if verdict.is_search:
+            self._display.event("scaler_skip", step=step, scale=scale)
+        if verdict.is_fault or verdict.is_search:
             self._note_history(step, reading, optimizer)
-            self._handle(trainer, module, optimizer, symptoms, why)
         else:
             self._note_healthy(trainer, module, optimizer, reading, step)
-
-    def _agree(self, trainer: pl.Trainer, bad: bool, losses_finite: bool) -> tuple[bool, bool]:
-        """Whether gradients are bad, and losses are finite, over all ranks."""
-        if not any_rank(trainer, bad or not losses_finite):
-            return False, True
-        return any_rank(trainer, bad), not any_rank(trainer, not losses_finite)
+        if verdict.is_fault:
+            self._handle(trainer, module, optimizer, symptoms, verdict.why)
 
     def _note_history(self, step: int, reading: Reading, optimizer: Optimizer) -> None:
         loss = sum(reading.losses) if reading.losses else math.nan  # each is its share of their mean
@@ -367,9 +320,7 @@ class NaNDebugger(pl.Callback):
                 self._display.event(
                     one.kind, step=step, parameter=one.parameter, value=one.value, usual=one.usual, advice=advice
                 )
-        self._skips.reset()
-        self._buffers.take(module)
-        for name in self._raised.count_down():
+        for name in self._response.after_healthy(module):
             self._display.event("fallback_ended", step=step, module=name)
 
     def _report_inputs(self, step: int) -> None:
@@ -386,47 +337,37 @@ class NaNDebugger(pl.Callback):
 
     # ---- a bad step
 
-    def _report_alone(
-        self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Optimizer, symptoms: Symptoms
-    ) -> None:
+    def _report_alone(self, trainer: pl.Trainer, module: pl.LightningModule, symptoms: Symptoms) -> None:
         """The loss of this rank is not finite, but no gradient is spoilt: no other rank needs to know."""
         if len(self.reports) >= self.max_reports:
             return
-        with self._buffers.as_before(module):
+        with self._response.buffers.as_before(module):
             finding, _ = investigate(trainer, module, self._batches, symptoms)
         why = f"the loss of rank {trainer.global_rank} is not finite, though all gradients are"
         report = conclude(trainer.global_step, trainer.current_epoch, [finding], why)
-        report = with_outcome(
-            report, "training goes on: weights are not affected", recommend(report, self._circumstances(trainer))
-        )
+        advice = recommend(report, self._circumstances(trainer))
+        report = with_outcome(report, "training goes on: weights are not affected", advice)
         self.reports.append(report)
         self._display.warn(report.text(), own=True)
         self._display.event("not_finite", own=True, **report.to_dict())
 
     def _handle(
-        self,
-        trainer: pl.Trainer,
-        module: pl.LightningModule,
-        optimizer: Optimizer,
-        symptoms: Symptoms,
-        why: str,
+        self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Optimizer, symptoms: Symptoms, why: str
     ) -> None:
         """Find out, act, and say so. All ranks come here together, and decide alike."""
         step = trainer.global_step
         self.bad_steps = [*self.bad_steps, step][-_REMEMBERED:]
         report = None
         # Counts of reports may differ between ranks, those of bad steps do not.
-        if self.policy == "raise" or len(self.bad_steps) <= self.max_reports:
+        if self._response.policy == "raise" or len(self.bad_steps) <= self.max_reports:
             report = self._find_out(trainer, module, symptoms, why)
-        too_many = self.policy in ("skip", "fallback") and self._skips.add()
-        ends = too_many or self.policy == "raise"
-        action = self._act(trainer, module, optimizer, report, too_many)
+        action, ends = self._response.act(trainer, module, optimizer, report)
         if report is None:
             self._display.event("not_finite", step=step, action=action)
         else:
             report = with_outcome(report, action, recommend(report, self._circumstances(trainer)))
             self.reports.append(report)
-            self._display.report(trainer, report, self._skips.total, ends=ends)
+            self._display.report(trainer, report, self._response.skips.total, ends=ends)
         self._display.plot(trainer, self.history, self.bad_steps)
         if ends and report is not None:
             raise NonFiniteError(report.text(), report.cause)
@@ -435,41 +376,18 @@ class NaNDebugger(pl.Callback):
             raise NonFiniteError(f"Step {step} is not finite.\nNow: {action}{known}")
 
     def _find_out(self, trainer: pl.Trainer, module: pl.LightningModule, symptoms: Symptoms, why: str) -> Report:
-        with self._buffers.as_before(module):
+        """What all ranks have found. Collective."""
+        device = trainer.strategy.root_device
+        with self._response.buffers.as_before(module):
             finding, culprit = investigate(trainer, module, self._batches, symptoms)
-        own = gather(finding.to_dict(), trainer.strategy.root_device)
-        findings = [RankFinding.from_dict(one) for one in own]
-        return conclude(trainer.global_step, trainer.current_epoch, findings, why)
-
-    def _act(
-        self,
-        trainer: pl.Trainer,
-        module: pl.LightningModule,
-        optimizer: Optimizer,
-        report: Report | None,
-        too_many: bool,
-    ) -> str:
-        """Apply the policy; what is done, in plain words."""
-        if self.policy == "raise":
-            return 'training stops (policy="raise")'
-        if self.policy == "report":
-            return 'the step is made as it is (policy="report"): weights are spoilt unless a gradient scaler helps'
-        if too_many:
-            return f"training stops: {self._skips.in_a_row} steps in a row were not finite"
-        if scaler_of(trainer) is None or not unscales_by_itself(optimizer):
-            drop_gradients(parameter for group in optimizer.param_groups for parameter in group["params"])
-        restored = self._buffers.put_back(module)
-        action = "all ranks skip this step, weights and optimizer stay as they are"
-        action += f", and {len(restored)} buffers are as before" if restored else ""
-        origin = report.origin if report is not None else None
-        if self.policy == "fallback":
-            if origin is not None and origin.module and origin.cause in ("forward", "backward"):
-                steps = self._raised.add(module, origin.module)
-                action += f"; {origin.module} runs in a higher precision for {steps} steps"
-                self._display.event("fallback", step=trainer.global_step, module=origin.module, steps=steps)
-            else:
-                action += "; no module is known that a higher precision could help"
-        return action
+            findings = [RankFinding.from_dict(one) for one in gather(finding.to_dict(), device)]
+            report = conclude(trainer.global_step, trainer.current_epoch, findings, why)
+            if self._bundles.folder is None or not report.finding.reproduced:
+                return report
+            written = {"bundle": "", "note": ""}
+            if report.finding.rank == trainer.global_rank:
+                written = bundle_of(trainer, module, culprit, report.origin, symptoms.scale, self._bundles)
+        return with_bundle(report, **gather(written, device)[report.finding.rank])
 
     # ---- what else is known
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
@@ -15,6 +16,7 @@ from danon_lightning.callbacks.nan_debugger.agreement import (
     pipeline_stages,
 )
 from danon_lightning.callbacks.nan_debugger.batches import MicroBatch, StepBatches, bad_leaves
+from danon_lightning.callbacks.nan_debugger.bundle import Step, write_bundle
 from danon_lightning.callbacks.nan_debugger.check import Reading, not_finite
 from danon_lightning.callbacks.nan_debugger.guesses import blame_of_optimizer, from_gradients
 from danon_lightning.callbacks.nan_debugger.origin import Origin
@@ -78,6 +80,65 @@ def investigate(
     dtype = next((p.grad.dtype for p in module.parameters() if p.grad is not None), torch.float32)
     limit, limit_type = exchange_overflows_at(trainer, dtype)
     return replace(finding, limit=limit, limit_type=limit_type), culprit
+
+
+@dataclass(frozen=True)
+class BundleSettings:
+    """Where replay bundles go, and what is in them.
+
+    Attributes:
+        folder: None for no bundles.
+        include_data: Whether they hold the batch.
+        max_bytes: How large they may be.
+    """
+
+    folder: str | Path | None = None
+    include_data: bool = False
+    max_bytes: int = 1 << 30
+
+
+def bundle_of(
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    batch: MicroBatch | None,
+    origin: Origin | None,
+    scale: float,
+    settings: BundleSettings,
+) -> dict[str, str]:
+    """Write a bundle; never raises.
+
+    Returns:
+        ``{"bundle": folder, "note": why there is none}``, one of them empty.
+    """
+    if pipeline_stages(trainer.strategy) > 1:
+        return {"bundle": "", "note": "There is no bundle: no rank has the whole model."}
+    if batch is None or batch.random is None or settings.folder is None:
+        return {"bundle": "", "note": "There is no bundle: no batch was kept."}
+    step = Step(
+        batch.batch,
+        batch.batch_idx,
+        batch.random,
+        context=trainer.precision_plugin.train_step_context,
+        loss_scale=scale / trainer.accumulate_grad_batches,
+        rank=trainer.global_rank,
+        micro_batch=batch.number,
+        global_step=trainer.global_step,
+        epoch=trainer.current_epoch,
+    )
+    path = Path(settings.folder) / f"step{trainer.global_step}-rank{trainer.global_rank}"
+    try:
+        written = write_bundle(
+            path,
+            module,
+            step,
+            origin,
+            include_data=settings.include_data,
+            optimizers=trainer.optimizers,
+            max_bytes=settings.max_bytes,
+        )
+    except Exception as error:  # a full disk, or what nobody has thought of: the report matters more
+        return {"bundle": "", "note": f"There is no bundle: {type(error).__name__}: {error}"}
+    return {"bundle": str(written), "note": ""}
 
 
 def _replayed(
@@ -146,8 +207,12 @@ def _replay_pipeline(
         tracer = OriginTracer(module, one.batch, stage=finding.stage)
         with tracer:
             gradients = strategy.replay_training_step(tracer, index)
-        origin = tracer.resolve(_last(one.losses), gradients)
+        origin = tracer.resolve(None, gradients)
+        if origin is None and not _is_finite(one) and not not_finite(gradients.items()):
+            origin = tracer.origin  # it has reached no gradient by which it could be followed
         if origin is not None and bad is None:
+            if not _is_finite(one):  # the loss of the replay is not known here, and the note says that it is finite
+                origin = replace(origin, note="")
             found = replace(finding, reproduced=True, origin=origin, batch_number=one.number, batch_idx=one.batch_idx)
             bad = found, one
         for name, gradient in gradients.items():
@@ -167,9 +232,7 @@ def _cannot_replay(trainer: pl.Trainer, module: pl.LightningModule, kept: Sequen
 
 
 def _most_suspect_first(kept: Sequence[MicroBatch]) -> list[MicroBatch]:
-    finite = [all(bool(torch.isfinite(loss).all()) for loss in one.losses) for one in kept]
-    bad = [one for one, is_finite in zip(kept, finite, strict=True) if not is_finite]
-    return bad + [one for one, is_finite in zip(kept, finite, strict=True) if is_finite]
+    return sorted(kept, key=_is_finite)
 
 
 def _with_weights(
@@ -210,5 +273,5 @@ def _compared(largest: dict[str, float], symptoms: Symptoms) -> dict[str, float]
     return {name: largest[name] * symptoms.scale for name in names}
 
 
-def _last(losses: Sequence[Tensor]) -> Tensor | None:
-    return losses[-1] if losses else None
+def _is_finite(batch: MicroBatch) -> bool:
+    return all(bool(torch.isfinite(loss).all()) for loss in batch.losses)

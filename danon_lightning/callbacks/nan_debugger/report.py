@@ -1,5 +1,6 @@
 """What all ranks have found, and what follows from it."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -138,9 +139,8 @@ class Report:
         lines += [f"Try:       {text}" for text in self.advice]
         if self.action:
             lines.append(f"Now:       {self.action}")
-        for finding in self.findings:
-            if finding.bundle:
-                lines.append(f"Replay:    danon-replay {finding.bundle}")
+        if one.bundle:
+            lines.append(f"Replay:    danon-replay {shlex.quote(one.bundle)}")
         return lines
 
     def text(self) -> str:
@@ -219,6 +219,14 @@ def conclude(step: int, epoch: int, findings: Sequence[RankFinding], why: str = 
 def with_outcome(report: Report, action: str, advice: Sequence[str]) -> Report:
     """The same with what is done now, and what to try."""
     return replace(report, action=action, advice=tuple(advice))
+
+
+def with_bundle(report: Report, bundle: str, note: str) -> Report:
+    """The same with the folder of the bundle that the rank to blame has written, or why there is none."""
+    notes = (*report.finding.notes, note) if note else report.finding.notes
+    finding = replace(report.finding, bundle=bundle, notes=notes)
+    findings = tuple(finding if one is report.finding else one for one in report.findings)
+    return replace(report, finding=finding, findings=findings)
 
 
 def _weight_of(finding: RankFinding) -> tuple[int, int, int]:

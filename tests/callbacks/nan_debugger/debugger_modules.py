@@ -29,12 +29,12 @@ class Faulty(pl.LightningModule):
         rank: On which rank; None for all.
     """
 
-    def __init__(self, fault="", at=(2,), rank=None, optimizer="sgd", manual=False, lr=0.1):
+    def __init__(self, fault="", at=(2,), rank=None, optimizer="sgd", manual=False, lr=0.1, width=8):
         super().__init__()
         torch.manual_seed(0)
-        self.first, self.log_layer = nn.Linear(FEATURES, 8), Log()
-        self.norm = nn.BatchNorm1d(8)
-        self.last = nn.Linear(8, 1)
+        self.first, self.log_layer = nn.Linear(FEATURES, width), Log()
+        self.norm = nn.BatchNorm1d(width)
+        self.last = nn.Linear(width, 1)
         self.fault, self.at, self.bad_rank, self.lr = fault, at, rank, lr
         self.optimizer_name, self.automatic_optimization = optimizer, not manual
 
