@@ -62,7 +62,7 @@ def raised(module, *callbacks, **options):
 
 def skip(strategy, fault, without=()):
     """Weights, state of Adam and residuals after a training that skips what is bad."""
-    module = Faulty(fault, at=(2, 4), rank=1, optimizer="adam", width=512)
+    module = Faulty(fault, at=(2, 4), rank=1, optimizer="adam", width=1024)
     kept = [batch for index, batch in enumerate(batches(6, dist.get_rank())) if index not in without]
     watching = debugger("skip")
     one = trainer(watching, strategy=strategy() if callable(strategy) else strategy, devices=2)
