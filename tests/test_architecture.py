@@ -84,6 +84,7 @@ PUBLIC = {
     ],
     "danon_lightning.optim": ["OneBitAdam"],
     "danon_lightning.strategies": [
+        "AsyncSync",
         "Bf16Compressor",
         "Compressor",
         "Context",
@@ -95,6 +96,7 @@ PUBLIC = {
         "Int8Compressor",
         "LinearCompressor",
         "Mesh",
+        "PeriodicSync",
         "PipelinedStrategy",
         "PowerSGDCompressor",
         "RandomKCompressor",

@@ -21,8 +21,10 @@ from danon_lightning.strategies.mesh import Mesh
 
 # Imported before there are process groups: fairscale, which it needs, keeps the default one in its functions' defaults.
 from danon_lightning.strategies.pipelined import PipelinedStrategy
+from danon_lightning.strategies.sync import AsyncSync, PeriodicSync
 
 __all__ = [
+    "AsyncSync",
     "Bf16Compressor",
     "Compressor",
     "Context",
@@ -34,6 +36,7 @@ __all__ = [
     "Int8Compressor",
     "LinearCompressor",
     "Mesh",
+    "PeriodicSync",
     "PipelinedStrategy",
     "PowerSGDCompressor",
     "RandomKCompressor",

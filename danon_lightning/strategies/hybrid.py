@@ -2,10 +2,10 @@
 
 import atexit
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -13,7 +13,6 @@ import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.strategies.registry import _StrategyRegistry
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import _augment_message
@@ -35,14 +34,24 @@ from danon_lightning.strategies.communication.error_feedback import resolve_erro
 from danon_lightning.strategies.communication.layout import check_hierarchical, uses_two_levels
 from danon_lightning.strategies.mesh import Mesh
 from danon_lightning.strategies.optimizer_checks import check_optimizer
+from danon_lightning.strategies.pipeline.arguments import check_arguments
 from danon_lightning.strategies.pipeline.initialization import reproducible
 from danon_lightning.strategies.pipeline.schedules import resolve_schedule
 from danon_lightning.strategies.preemption import PostponedRequeue
+from danon_lightning.strategies.replicated import ReplicatedStrategy
+from danon_lightning.strategies.sync import (
+    AsyncSync,
+    PeriodicSync,
+    check_sync_mode,
+    keep_local,
+    resolve_sync_mode,
+)
 
 _CHECKPOINT_KEY = "danon_gradient_memory"
+_SYNC_KEY = "danon_sync"
 
 
-class DanonHybridStrategy(DDPStrategy):
+class DanonHybridStrategy(ReplicatedStrategy):
     """Trains any LightningModule data-parallel, gradients being averaged by a :class:`GradientCommunicator`.
 
     ``import danon_lightning`` registers it, so that ``Trainer(strategy="danon_hybrid", devices=2)`` is all there is to
@@ -61,6 +70,11 @@ class DanonHybridStrategy(DDPStrategy):
             ranks alike, "auto" for True wherever there are several nodes with several ranks each.
         find_unused_parameters: Set it if some parameters take no part in a training step.
         static_graph: Set it if the graph is the same at every step.
+        sync_mode: "full" to average gradients in each step, before the optimizer moves; "async" to do so while the next
+            step computes, and move one step late; "periodic" to let each replica train by itself for some steps, and
+            average what they have found; or :class:`AsyncSync` or :class:`PeriodicSync` with settings of its own.
+        optimizer_sharding: True to share the optimizer's state out among replicas, each of which moves its part of the
+            weights and sends it to the others. Weights are the same to the bit.
         bucket_cap_mb: Size of the gradient buckets in MiB.
         pipeline_parallel_size: Number of ranks that share a replica of the model, each with some of its layers; 1 for
             a whole model on every rank.
@@ -99,7 +113,6 @@ class DanonHybridStrategy(DDPStrategy):
 
     strategy_name = "danon_hybrid"
     _requeue: PostponedRequeue | None = None
-    _has_failed: ClassVar[bool] = False  # in this process, whichever Trainer it was
 
     def __new__(cls, *args: Any, pipeline_parallel_size: int = 1, **kwargs: Any) -> "DanonHybridStrategy":
         """Make the strategy with or without pipeline stages: they share little but their arguments."""
@@ -118,6 +131,8 @@ class DanonHybridStrategy(DDPStrategy):
         hierarchical: bool | Literal["auto"] = "auto",
         find_unused_parameters: bool = False,
         static_graph: bool = False,
+        sync_mode: Literal["full", "async", "periodic"] | AsyncSync | PeriodicSync = "full",
+        optimizer_sharding: bool = False,
         bucket_cap_mb: float = 25,
         pipeline_parallel_size: int = 1,
         num_microbatches: int | Literal["auto"] = "auto",
@@ -154,13 +169,16 @@ class DanonHybridStrategy(DDPStrategy):
         check_hierarchical(hierarchical)
         if residual_checkpoint not in ("mean", "per_rank"):
             raise ValueError(f"residual_checkpoint={residual_checkpoint!r} must be 'mean' or 'per_rank'")
+        self._sync_mode = resolve_sync_mode(sync_mode)
         self._compressor = get_compressor(compression)
         self._error_feedback = resolve_error_feedback(error_feedback, self._compressor)
         self._residual_checkpoint = residual_checkpoint
         self._saved_memory: dict[str, Any] | None = None
-        self._hierarchical = hierarchical
+        self._hierarchical, self._optimizer_sharding = hierarchical, optimizer_sharding
+        check_sync_mode(self._sync_mode, self._error_feedback, optimizer_sharding, find_unused_parameters)
+        if isinstance(self._sync_mode, PeriodicSync):
+            self._ddp_kwargs.setdefault("broadcast_buffers", False)
         self._bucket_bytes = round(bucket_cap_mb * (1 << 20))
-        self._communicator: GradientCommunicator | None = None
         if pipeline_parallel_size < 1:
             raise ValueError(f"pipeline_parallel_size={pipeline_parallel_size} must be at least 1")
         self._pipeline_parallel_size = pipeline_parallel_size
@@ -170,44 +188,18 @@ class DanonHybridStrategy(DDPStrategy):
         self._pipelines_across_nodes = pipeline_placement == "across_nodes"
         self._microbatch_weight, self._activation_checkpointing = microbatch_weight, activation_checkpointing
         self._num_microbatches = 4 * self._schedule.stages if num_microbatches == "auto" else num_microbatches
-        self._check_pipeline()
-
-    def _check_pipeline(self) -> None:
-        size = self._pipeline_parallel_size
-        if self._num_microbatches < 1:
-            raise ValueError(f"num_microbatches={self._num_microbatches} must be at least 1, or 'auto'")
-        checkpoints = self._activation_checkpointing
-        if checkpoints not in (True, False, "offload"):
-            raise ValueError(f"activation_checkpointing={checkpoints!r} must be True, False or 'offload'")
-        if self._pipeline_placement not in ("auto", "inside_nodes", "across_nodes"):
-            raise ValueError(
-                f"pipeline_placement={self._pipeline_placement!r} must be 'auto', 'inside_nodes' or 'across_nodes'"
-            )
-        for_stages = {
-            "pipeline_layers": self._pipeline_layers is not None,
-            "stage_cut": self._stage_cut != "parameters",
-            "pipeline_placement": self._pipeline_placement != "auto",
-            "microbatch_weight": self._microbatch_weight is not None,
-            "activation_checkpointing": bool(checkpoints),
-        }
-        if size == 1 and any(for_stages.values()):
-            names = " and ".join(name for name, is_set in for_stages.items() if is_set)
-            raise ValueError(f"{names} are for pipeline stages: set pipeline_parallel_size to 2 or more")
-        if checkpoints and self._schedule.splits_backward:
-            raise ValueError(
-                f"activation_checkpointing={checkpoints!r} cannot be used with schedule={self._schedule.name!r}, which "
-                "runs the backward pass of a layer in two parts: take '1f1b' or 'interleaved_1f1b'"
-            )
-        if isinstance(self._stage_cut, str):
-            if self._stage_cut not in ("parameters", "measured"):
-                raise ValueError(f"stage_cut={self._stage_cut!r} must be 'parameters', 'measured' or a list of layers")
-        else:
-            cut, stages = list(self._stage_cut), self._schedule.stages
-            if len(cut) != stages - 1 or cut != sorted(set(cut)) or min(cut) < 1:
-                raise ValueError(
-                    f"stage_cut={self._stage_cut!r} must give the first layers of stages 1 to {stages - 1}, ascending, "
-                    "or be 'parameters' or 'measured'"
-                )
+        check_arguments(
+            schedule=self._schedule,
+            pipeline_parallel_size=pipeline_parallel_size,
+            num_microbatches=self._num_microbatches,
+            stage_cut=stage_cut,
+            pipeline_placement=pipeline_placement,
+            activation_checkpointing=activation_checkpointing,
+            only_for_stages={
+                "pipeline_layers": pipeline_layers is not None,
+                "microbatch_weight": microbatch_weight is not None,
+            },
+        )
 
     @classmethod
     @override
@@ -335,7 +327,7 @@ class DanonHybridStrategy(DDPStrategy):
     @override
     def on_exception(self, exception: BaseException) -> None:
         """Remember that other ranks may be waiting, and say what to do about unused parameters."""
-        DanonHybridStrategy._has_failed = True
+        ReplicatedStrategy._has_failed = True
         _augment_message(
             exception,
             pattern=".*Expected to have finished reduction in the prior iteration.*",
@@ -362,7 +354,8 @@ class DanonHybridStrategy(DDPStrategy):
                 )
         self._communicator = self._make_communicator(self.model)
         self._restore_memory()
-        self.model.register_comm_hook(self._communicator, self._communicator.hook)
+        exchanges = self._sync_mode is None
+        self.model.register_comm_hook(self._communicator, self._communicator.hook if exchanges else keep_local)
 
     def _make_communicator(self, module: nn.Module) -> GradientCommunicator:
         return GradientCommunicator(
@@ -373,7 +366,8 @@ class DanonHybridStrategy(DDPStrategy):
             hierarchical=self._hierarchical,
             device=self.root_device,
             timeout=self._timeout,
-            loss_scale=self._loss_scale,
+            # What periods average is no gradient of a scaled loss.
+            loss_scale=None if isinstance(self._sync_mode, PeriodicSync) else self._loss_scale,
         )
 
     def _restore_memory(self) -> None:
@@ -395,24 +389,25 @@ class DanonHybridStrategy(DDPStrategy):
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         """Create the optimizers, and see whether the compression goes with them."""
         super().setup_optimizers(trainer)
-        if self._communicator is None or self._compressor is None:
-            return
+        if isinstance(self._sync_mode, PeriodicSync) and len(self.optimizers) > 1:
+            raise ValueError(f"sync_mode='periodic' takes one optimizer, there are {len(self.optimizers)}")
+        if self._communicator is not None and self._compressor is not None:
+            self._check_optimizers(self._communicator, self._compressor, clips=bool(trainer.gradient_clip_val))
+        if self._optimizer_sharding:
+            self._shard_optimizers()
+
+    def _check_optimizers(
+        self, communicator: GradientCommunicator, compressor: Compressor | LinearCompressor, *, clips: bool
+    ) -> None:
         for optimizer in self.optimizers:
-            clips = bool(trainer.gradient_clip_val)
-            check_optimizer(optimizer, self._compressor, self._error_feedback, clips=clips)
+            check_optimizer(optimizer, compressor, self._error_feedback, clips=clips)
         with_momentum = [optimizer for optimizer in self.optimizers if isinstance(optimizer, OneBitAdam)]
+        if with_momentum and self._sync_mode is not None:
+            raise ValueError("OneBitAdam can be used with a compression only with sync_mode='full'")
         if with_momentum and len(self.optimizers) > 1:
             raise ValueError("OneBitAdam can be used with a compression only as the only optimizer")
         for optimizer in with_momentum:
-            self._communicator.exchange_momentum_of(optimizer)
-
-    def _loss_scale(self) -> float:
-        scaler = self._scaler()
-        return float(scaler.get_scale()) if scaler is not None else 1.0
-
-    def _scaler(self) -> "torch.amp.GradScaler | None":
-        scaler = getattr(self.precision_plugin, "scaler", None)
-        return scaler if scaler is not None and scaler.is_enabled() else None
+            communicator.exchange_momentum_of(optimizer)
 
     @override
     def backward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -426,23 +421,19 @@ class DanonHybridStrategy(DDPStrategy):
         """
         communicator = self._communicator
         steps = communicator.steps if communicator is not None else 0
+        late = isinstance(self._sync_mode, AsyncSync)
         try:
             loss = super().backward(*args, **kwargs)
         except RuntimeError:
             if communicator is not None and communicator.error is not None:
                 raise communicator.error from communicator.error.__cause__
             raise
-        if communicator is not None and communicator.steps > steps and not communicator.finite:
-            assert self.model is not None
+        assert self.model is not None
+        if late and getattr(self.model, "require_backward_grad_sync", False):
+            self._exchange_late([parameter for parameter in self.model.parameters() if parameter.grad is not None])
+        elif not late and communicator is not None and communicator.steps > steps and not communicator.finite:
             self._skip_step(self.model.parameters())
         return loss
-
-    def _skip_step(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Have the optimizer leave the weights as they are; a gradient scaler does so by itself."""
-        if self._scaler() is None:
-            for parameter in parameters:
-                parameter.grad = None
-            rank_zero_warn("a gradient was not finite: all ranks skip this step")
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
@@ -456,6 +447,9 @@ class DanonHybridStrategy(DDPStrategy):
                 state = communicator.state_dict(per_rank=self._residual_checkpoint == "per_rank")
                 if state is not None:
                     checkpoint[_CHECKPOINT_KEY] = state
+        if full and (self._stale is not None or self._local is not None):
+            self._refuse_to_gather_after_failure()
+            checkpoint[_SYNC_KEY] = self._sync_state()
         super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
 
     @override
@@ -464,6 +458,7 @@ class DanonHybridStrategy(DDPStrategy):
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only)
         if self.lightning_module is not None and self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
             self._saved_memory = checkpoint.get(_CHECKPOINT_KEY)
+            self._saved_sync = checkpoint.get(_SYNC_KEY)
         return checkpoint
 
     @override
@@ -473,10 +468,11 @@ class DanonHybridStrategy(DDPStrategy):
             self._communicator.close(failed=self._has_failed)
         if self._requeue is not None:
             self._requeue.end()
+        self._stale = self._local = None
         super().teardown()
 
 
 def _leave_process_group() -> None:
     # After an error there may be operations that other ranks never complete, and leaving would wait for them.
-    if dist.is_initialized() and not DanonHybridStrategy._has_failed:
+    if dist.is_initialized() and not ReplicatedStrategy._has_failed:
         dist.destroy_process_group()

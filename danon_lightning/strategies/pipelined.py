@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from danon_lightning.strategies.hybrid import DanonHybridStrategy
+from danon_lightning.strategies.optimizer_sharding import ShardedOptimizer
 from danon_lightning.strategies.pipeline.agreement import broadcast_plain
 from danon_lightning.strategies.pipeline.balance import Costs, cut_table, parameter_costs, suggested_cuts
 from danon_lightning.strategies.pipeline.blocks import Blocks
@@ -336,6 +337,7 @@ class PipelinedStrategy(DanonHybridStrategy):
         """Begin anew."""
         self._steps.forget_training()
         self._kept = ()
+        super().on_train_start()
 
     def _settle(self) -> None:
         """Now that a training step is known: keep only what the stages of this rank use."""
@@ -344,10 +346,16 @@ class PipelinedStrategy(DanonHybridStrategy):
         owners = find_owners(staged.root, self._blocks, staged.cuts, self._steps.recordings.values())
         released = self._pipeline.settle(owners)
         for optimizer in self.optimizers:
+            if isinstance(optimizer, ShardedOptimizer):
+                optimizer.release(released)
+                continue
             for group in optimizer.param_groups:
                 group["params"] = [released.get(parameter, parameter) for parameter in group["params"]]
             for parameter in released:
                 optimizer.state.pop(parameter, None)
+        for sync in (self._stale, self._local):
+            if sync is not None:
+                sync.release(released)
         self._settled = True
 
     # ---- gradients
@@ -363,7 +371,8 @@ class PipelinedStrategy(DanonHybridStrategy):
         self._held_back = None
         if self._synchronizes:
             self._pipeline.gather_shared_gradients()
-            self._average_over_replicas()
+            if self._local is None:
+                self._average_over_replicas()
             self._pipeline.spread_shared_gradients()
         return self.precision_plugin.post_backward(closure_loss, self.lightning_module)
 
@@ -382,9 +391,37 @@ class PipelinedStrategy(DanonHybridStrategy):
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+        if self._stale is not None:
+            self._exchange_late(parameters)
+            return
         communicator.average(parameters, self._bucket_bytes)
         if not communicator.finite:
             self._skip_step(self._own_parameters())
+
+    @override
+    def _average_moves(self, parameters: list[nn.Parameter]) -> bool:
+        counted = self._pipeline.counted_here()
+        finite = super()._average_moves([parameter for parameter in parameters if id(parameter) in counted])
+        self._pipeline.spread_shared_gradients()
+        return finite
+
+    @override
+    def _held(self, module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+        assert self._staged is not None
+        for name in self._staged.owners:
+            parameter = self._staged.parameter(name)
+            if parameter is not None:
+                yield name, parameter
+
+    @override
+    def _whole(self, own: dict[str, Any]) -> dict[str, Any]:
+        assert self._staged is not None
+        return self._gather(own, self._staged.owners)
+
+    @override
+    def _replicas(self) -> tuple[dist.ProcessGroup | None, set[int]]:
+        group = None if self._replica_group is None else self._replica_group()
+        return group, {id(parameter) for parameter in self._own_parameters()}
 
     @override
     @contextmanager
@@ -402,10 +439,7 @@ class PipelinedStrategy(DanonHybridStrategy):
 
     def _own_parameters(self) -> Iterator[nn.Parameter]:
         assert self._staged is not None
-        for name in self._staged.owners:
-            parameter = self._staged.parameter(name)
-            if parameter is not None:
-                yield parameter
+        return (parameter for _, parameter in self._held(self._staged.root))
 
     # ---- collective decisions
 
@@ -463,6 +497,8 @@ class PipelinedStrategy(DanonHybridStrategy):
         """The whole state on rank 0, as a plain Trainer would save it; nothing elsewhere. Collective."""
         assert self.lightning_module is not None
         state = self.lightning_module.state_dict()
+        if self._local is not None:
+            state = self._with_means(state, self._local)
         return self._gather({name: value for name, value in state.items() if self._keeps(name)}, state)
 
     def _keeps(self, name: str) -> bool:
@@ -482,9 +518,7 @@ class PipelinedStrategy(DanonHybridStrategy):
         return {"state": self._gather(state["state"], every), "param_groups": state["param_groups"]}
 
     def _gather(self, own: dict[Any, Any], order: Iterable[Any]) -> dict[Any, Any]:
-        assert self.lightning_module is not None
-        if self._has_failed or self.lightning_module.trainer.interrupted:
-            raise RuntimeError("no checkpoint is written after an error: other ranks cannot be asked for their layers")
+        self._refuse_to_gather_after_failure()
         if self.mesh.data_parallel_rank:
             return {}
         return gather_plain(own, order, self._pipeline_group(), self.root_device)
@@ -507,9 +541,12 @@ class PipelinedStrategy(DanonHybridStrategy):
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Load what this rank holds."""
-        own = {id(parameter) for parameter in self._own_parameters()}
+        _, own = self._replicas()
         states = []
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            if isinstance(optimizer, ShardedOptimizer):
+                states.append(state)
+                continue
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             kept = {index: one for index, one in state["state"].items() if id(parameters[index]) in own}
             states.append({**state, "state": kept})

@@ -221,6 +221,22 @@ class GradientCommunicator:
         Raises:
             RuntimeError: If the exchange has failed.
         """
+        for parameter, gradient in self._begin(parameters, bucket_bytes, overlaps=False).wait():
+            parameter.grad = gradient
+
+    def start_average(self, parameters: Sequence[Tensor], bucket_bytes: int) -> "Averaging":
+        """Begin to average gradients as :meth:`average` does, and go on meanwhile. One at a time.
+
+        Args:
+            parameters: With gradients, the same on all ranks. Their ``.grad`` become None.
+            bucket_bytes: Size of buckets at most, unless one gradient is larger.
+
+        Returns:
+            What is under way. ``finite`` tells of it once it has been waited for.
+        """
+        return self._begin(parameters, bucket_bytes, overlaps=True)
+
+    def _begin(self, parameters: Sequence[Tensor], bucket_bytes: int, *, overlaps: bool) -> "Averaging":
         buckets: list[list[Tensor]] = [[]]
         room = 0
         for parameter in parameters:
@@ -238,12 +254,9 @@ class GradientCommunicator:
             buffer = torch.cat([g.reshape(-1) for g in flat]) if flat else torch.empty(0, device=self._device)
             for parameter in bucket:
                 parameter.grad = None  # or there would be two of each
-            waiting.append((bucket, buffer, self._enqueue(buffer, bucket, index == 0, index == len(buckets) - 1)))
-        for bucket, buffer, future in waiting:
-            future.wait()
-            for parameter, part in zip(bucket, buffer.split([real_numel(p) for p in bucket]), strict=True):
-                whole = torch.view_as_complex(part.view(-1, 2)) if parameter.is_complex() else part
-                parameter.grad = whole.view(parameter.shape)
+            is_last = index == len(buckets) - 1
+            waiting.append((bucket, buffer, self._enqueue(buffer, bucket, index == 0, is_last, overlaps=overlaps)))
+        return Averaging(waiting, self._stats if overlaps else None)
 
     def stats(self) -> dict[str, Any]:
         """The fields of :class:`CommunicationStats`: what this rank has done since the start."""
@@ -298,7 +311,9 @@ class GradientCommunicator:
             raise ValueError("sparse gradients cannot be exchanged: set sparse=False on the embedding")
         return self._enqueue(bucket.buffer(), bucket.parameters(), bucket.index() == 0, bucket.is_last())
 
-    def _enqueue(self, buffer: Tensor, parameters: list[Tensor], first: bool, last: bool) -> Future[Tensor]:
+    def _enqueue(
+        self, buffer: Tensor, parameters: list[Tensor], first: bool, last: bool, *, overlaps: bool = False
+    ) -> Future[Tensor]:
         if self._closed:
             raise RuntimeError(
                 "the gradient communicator is closed: make another one, on a new DistributedDataParallel"
@@ -309,7 +324,7 @@ class GradientCommunicator:
             self._scale = self._loss_scale()
         if last:
             self._last_bucket_came = time.perf_counter()
-        self._queue.put(_Bucket(buffer, parameters, first, last, future, ready, self._scale))
+        self._queue.put(_Bucket(buffer, parameters, first, last, overlaps, future, ready, self._scale))
         return future
 
     def _run(self) -> None:
@@ -409,7 +424,8 @@ class GradientCommunicator:
                 # A gradient scaler must see it too, also where the bad element was not sent.
                 last.buffer.fill_(torch.nan)
         now = time.perf_counter()
-        self._stats.exposed_seconds += now - self._last_bucket_came
+        if not last.overlaps:
+            self._stats.exposed_seconds += now - self._last_bucket_came
         self._busy_seconds += now - self._busy_since
         self._busy_since = now
         # Only now: backward() may return at once, and what it finds must be complete.
@@ -436,12 +452,48 @@ class GradientCommunicator:
         self._open.clear()
 
 
+class Averaging:
+    """Gradients whose averages are under way."""
+
+    def __init__(
+        self, buckets: "list[tuple[list[Tensor], Tensor, Future[Tensor]]]", stats: CommunicationStats | None
+    ) -> None:
+        """Take note of them.
+
+        Args:
+            buckets: Parameters, where their gradients lie one after another, and what these are waited for by.
+            stats: Where to add up how long they were waited for, if anywhere.
+        """
+        self._buckets, self._stats = buckets, stats
+
+    def wait(self) -> list[tuple[Tensor, Tensor]]:
+        """Wait for all of them.
+
+        Returns:
+            Parameters and averages.
+
+        Raises:
+            RuntimeError: If the exchange has failed.
+        """
+        start = time.perf_counter()
+        averages = []
+        for bucket, buffer, future in self._buckets:
+            future.wait()
+            for parameter, part in zip(bucket, buffer.split([real_numel(p) for p in bucket]), strict=True):
+                whole = torch.view_as_complex(part.view(-1, 2)) if parameter.is_complex() else part
+                averages.append((parameter, whole.view(parameter.shape)))
+        if self._stats is not None:
+            self._stats.exposed_seconds += time.perf_counter() - start
+        return averages
+
+
 @dataclass(eq=False)
 class _Bucket:
     buffer: Tensor
     parameters: list[Tensor]
     is_first: bool
     is_last: bool
+    overlaps: bool  # with what comes after the backward pass: what it adds to a step is known to whoever waits
     future: Future[Tensor]
     ready: "torch.cuda.Event | None"
     loss_scale: float
