@@ -266,6 +266,17 @@ class DanonHybridStrategy(DDPStrategy):
         """
         return self._communicator.stats() if self._communicator else {}
 
+    @property
+    def gradients_finite(self) -> bool | None:
+        """Whether all gradients of the last exchange were finite, on all ranks. If not, all of them skip the step.
+
+        None where nobody has looked: without compression, and before the first exchange.
+        """
+        communicator = self._communicator
+        if communicator is None or self._compressor is None or not communicator.steps:
+            return None
+        return communicator.finite
+
     @override
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:

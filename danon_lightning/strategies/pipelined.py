@@ -34,8 +34,8 @@ from danon_lightning.strategies.pipeline.planning import belongs_across_nodes, b
 from danon_lightning.strategies.pipeline.recording import Cuts
 from danon_lightning.strategies.pipeline.refusals import check_optimizers, check_trainer, check_whole
 from danon_lightning.strategies.pipeline.stage import StagedModule
-from danon_lightning.strategies.pipeline.steps import TRAINING, Steps
-from danon_lightning.strategies.pipeline.timeline import COMPUTE, Pass, Stopwatch, gather_passes
+from danon_lightning.strategies.pipeline.steps import TRAINING, Batch, Steps
+from danon_lightning.strategies.pipeline.timeline import COMPUTE, Pass, PassObserver, Stopwatch, gather_passes
 from danon_lightning.strategies.process_groups import GroupReference, own_group
 from danon_lightning.strategies.seeds import seed_from
 
@@ -53,9 +53,10 @@ class PipelinedStrategy(DanonHybridStrategy):
     _steps: Steps
     _costs: Costs | None = None
     _made_in_part: Collection[str] = ()
-    _is_placed = _measures = False
+    _is_placed = _measures = _keeps_batches = False
     _trained = _evaluated = 0
     _measured: Sequence[Pass] = ()
+    _kept: Sequence[tuple[Batch, float]] = ()
 
     @override
     @contextmanager
@@ -203,7 +204,11 @@ class PipelinedStrategy(DanonHybridStrategy):
         for parameter in parameters:
             parameter.grad = None
         stopwatch = Stopwatch(self.root_device) if self._measures else None
-        result = self._steps.train(batch, self._loss_scale() / trainer.accumulate_grad_batches, stopwatch)
+        scale = self._loss_scale() / trainer.accumulate_grad_batches
+        if self._keeps_batches:
+            is_first = trainer.fit_loop.batch_idx % trainer.accumulate_grad_batches == 0
+            self._kept = [*(() if is_first else self._kept), (batch, scale)]
+        result = self._steps.train(batch, scale, stopwatch)
         if stopwatch is not None:
             self._measured, self._measures = stopwatch.passes(), False
         self._trained += 1
@@ -243,6 +248,45 @@ class PipelinedStrategy(DanonHybridStrategy):
                 f"the stages of the pipeline have unevenly much to do ({shares} of the time): "
                 f"stage_cut={list(better.bounds[1:-1])} should be faster"
             )
+
+    def keep_batches(self) -> None:
+        """From now on, keep the batches of each optimizer step for :meth:`replay_training_step`."""
+        self._keeps_batches = True
+
+    def replay_training_step(self, observer: PassObserver, batch: int = -1) -> dict[str, Tensor]:
+        """Run a training step once more, for whoever looks for what has gone wrong in it. Collective in the pipeline.
+
+        Weights must be as they were, so this is for the time between the backward pass and the optimizer's step.
+        Nothing is logged; gradients, buffers, metrics and random states stay as they are.
+
+        Args:
+            observer: Is told of all passes.
+            batch: Which one, of those since gradients were reset; by default the last.
+
+        Returns:
+            The gradients of this rank's layers, by name: of this batch alone, not averaged over replicas, and without
+            what other stages add to those that they share.
+
+        Raises:
+            RuntimeError: If there is no such batch: :meth:`keep_batches` comes first.
+        """
+        if not -len(self._kept) <= batch < len(self._kept):
+            raise RuntimeError(
+                f"batch {batch} cannot be replayed, {len(self._kept)} are kept: call keep_batches() before training"
+            )
+        assert self._staged is not None
+        held = {name: self._staged.parameter(name) for name in self._staged.owners}
+        parameters = {name: parameter for name, parameter in held.items() if parameter is not None}
+        before = {name: parameter.grad for name, parameter in parameters.items()}
+        for parameter in parameters.values():
+            parameter.grad = None
+        try:
+            self._steps.replay(*self._kept[batch], observer)
+            gradients = {name: parameter.grad for name, parameter in parameters.items()}
+        finally:
+            for name, parameter in parameters.items():
+                parameter.grad = before[name]
+        return {name: gradient for name, gradient in gradients.items() if gradient is not None}
 
     def measure_pipeline(self) -> None:
         """Take the time of all passes in the next training step."""
@@ -291,6 +335,7 @@ class PipelinedStrategy(DanonHybridStrategy):
     def on_train_start(self) -> None:
         """Begin anew."""
         self._steps.forget_training()
+        self._kept = ()
 
     def _settle(self) -> None:
         """Now that a training step is known: keep only what the stages of this rank use."""
@@ -473,6 +518,7 @@ class PipelinedStrategy(DanonHybridStrategy):
     @override
     def teardown(self) -> None:
         """Release the devices. The module stays cut: it can be validated and tested, and saved."""
+        self._kept, self._keeps_batches = (), False
         vars(self.precision_plugin).pop("clip_grad_by_norm", None)
         scaler = self._scaler()
         if scaler is not None:

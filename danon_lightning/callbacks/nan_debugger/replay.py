@@ -32,8 +32,10 @@ class Replay:
             was not reproduced.
         gradient_norms: By parameter, not scaled, in the order of ``named_parameters``; without those that got no
             gradient. Empty if the loss was not finite, for then there is no backward pass.
+        gradient_largest: The largest absolute value of each of these gradients.
         bad_parameters: Those with a bad gradient, in the order in which backward has come to them.
         scale_only: Gradients are finite with a loss scale of one: the scaler will lower its scale and all is well.
+        scaled_origin: In that case, what has overflowed with the loss scale.
         note: Why there is no exact origin, where there is none.
         seconds: How long it took.
     """
@@ -43,8 +45,10 @@ class Replay:
     finite: bool
     complete: bool = True
     gradient_norms: dict[str, float] = field(default_factory=dict)
+    gradient_largest: dict[str, float] = field(default_factory=dict)
     bad_parameters: tuple[str, ...] = ()
     scale_only: bool = False
+    scaled_origin: Origin | None = None
     note: str = ""
     seconds: float = 0.0
 
@@ -90,7 +94,14 @@ def replay_step(
         unscaled = run.replay(1.0)
         if unscaled.finite and unscaled.complete:
             note = f"gradients overflow with a loss scale of {loss_scale:g} and are finite without"
-            found = replace(unscaled, finite=False, bad_parameters=found.bad_parameters, scale_only=True, note=note)
+            found = replace(
+                unscaled,
+                finite=False,
+                bad_parameters=found.bad_parameters,
+                scale_only=True,
+                scaled_origin=found.origin,
+                note=note,
+            )
     return replace(found, seconds=time.perf_counter() - start)
 
 
@@ -216,15 +227,23 @@ class _Run:
         names = [name for name, _ in self.module.named_parameters() if name in seen.gradients]
         norms = torch._foreach_norm([seen.gradients[name].detach() for name in names]) if names else []
         values = torch.stack([one.float() for one in norms]).tolist() if names else []
+        largest = torch.stack([_largest(seen.gradients[name]) for name in names]).tolist() if names else []
         return Replay(
             origin=origin,
             loss=seen.loss,
             finite=seen.finite,
             complete=seen.complete,
             gradient_norms=dict(zip(names, values, strict=True)),
+            gradient_largest=dict(zip(names, largest, strict=True)),
             bad_parameters=seen.bad,
             note="; ".join(notes),
         )
+
+
+def _largest(gradient: Tensor) -> Tensor:
+    gradient = gradient.detach()
+    values = gradient._values() if gradient.layout is torch.sparse_coo else gradient
+    return values.abs().max().float() if values.numel() else torch.zeros((), device=gradient.device)
 
 
 @contextmanager
