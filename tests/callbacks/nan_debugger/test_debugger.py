@@ -257,7 +257,9 @@ def test_a_fallback_survives_a_checkpoint(tmp_path):
     assert watching._raised.left == {"ratio": 8}
 
     again, module = debugger("fallback", fallback_steps=10), Overflows(at=(4, 5))
-    trainer(again, max_steps=8, max_epochs=3).fit(module, batches(8), ckpt_path=tmp_path / "one.ckpt", weights_only=True)
+    trainer(again, max_steps=8, max_epochs=3).fit(
+        module, batches(8), ckpt_path=tmp_path / "one.ckpt", weights_only=True
+    )
     assert again.bad_steps == [1] and not again.reports
     assert again._raised.left == {"ratio": 8 - 4} and module.forwards == [True] * 4
     assert "forward" not in vars(module.ratio)
