@@ -202,7 +202,7 @@ class _Run:
                 handle.remove()
         made = {name: one for (name, _), one in zip(named, found, strict=True) if one is not None}
         made = {name: made[name] for name in [*order, *made] if name in made}
-        tracer.resolve(None, made)
+        tracer.resolve(loss, made)
         seen.bad = tuple(name for name, one in made.items() if badness(one))
         parameters = dict(named)
         for name, one in made.items():

@@ -110,7 +110,7 @@ class OriginTracer(TorchDispatchMode):
         if bad:
             blamed = NOBODY.union(*(self._ledger.blamed(one, lambda: nothing_known) for one in bad.values()))
             found = self._ledger.first(blamed)
-            if found is not None and found.cause == "forward":
+            if found is not None and found.cause == "forward" and loss is not None:
                 note = "the loss is finite: the bad value has reached gradients only"
                 found = replace(found, note="; ".join(filter(None, (found.note, note))))
             elif found is not None and found.cause == "backward":

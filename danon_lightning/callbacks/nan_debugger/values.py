@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from danon_lightning.callbacks.nan_debugger.origin import TensorStatistics
 
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+# Subclasses with one of these are ordinary tensors with other methods.
+_NO_DISPATCH = (Tensor.__torch_dispatch__, torch._C._disabled_torch_dispatch_impl)
 
 
 class Badness(NamedTuple):
@@ -39,19 +41,18 @@ def components(tensor: Tensor) -> Iterator[Tensor]:
     Those of a sparse tensor are its values, those of a DTensor or another wrapper its inner tensors. Tensors on the
     meta device, quantized ones, and subclasses that hide what they hold have none.
     """
-    if tensor.device.type == "meta" or tensor.is_quantized:
-        return
     if type(tensor) not in _PLAIN:
         if is_traceable_wrapper_subclass(tensor):
             names, _ = tensor.__tensor_flatten__()
-            for name in names:
-                yield from components(getattr(tensor, name))
+            for inner in (getattr(tensor, name) for name in names):
+                if isinstance(inner, Tensor):
+                    yield from components(inner)
             return
-        if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-            disabled = torch._C._disabled_torch_dispatch_impl
-            if type(tensor).__torch_dispatch__ is not disabled:
-                return
+        if type(tensor).__torch_dispatch__ not in _NO_DISPATCH:
+            return
         tensor = tensor.as_subclass(Tensor)
+    if tensor.device.type == "meta" or tensor.is_quantized:
+        return
     if tensor.layout == torch.sparse_coo:
         yield tensor._values()
     elif tensor.layout in (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc) or tensor.is_nested:
