@@ -66,7 +66,8 @@ def pipeline_rank(strategy: object) -> int:
 
 def dropped_by_strategy(strategy: object) -> bool:
     """Whether the strategy itself has found gradients that are not finite, and has dropped them on all ranks."""
-    return isinstance(strategy, KnowsFinite) and strategy.gradients_finite is False
+    # Where gradients travel late or in periods, the last exchange was not that of this step.
+    return _agree(strategy) and isinstance(strategy, KnowsFinite) and strategy.gradients_finite is False
 
 
 def has_equal_gradients(trainer: pl.Trainer, module: pl.LightningModule) -> bool:
@@ -76,11 +77,16 @@ def has_equal_gradients(trainer: pl.Trainer, module: pl.LightningModule) -> bool
         return True
     return (
         isinstance(strategy, DDPStrategy)
+        and _agree(strategy)
         and module.automatic_optimization  # else gradients may be summed at other times, or not at all
         and pipeline_stages(strategy) == 1
         and not getattr(module, "_ddp_params_and_buffers_to_ignore", None)
         and getattr(strategy, "_model_averaging_period", None) is None  # local steps
     )
+
+
+def _agree(strategy: object) -> bool:
+    return getattr(strategy, "gradients_agree", True)
 
 
 def any_rank(trainer: pl.Trainer, decision: bool) -> bool:

@@ -240,13 +240,11 @@ def test_a_fallback_computes_the_module_in_a_higher_precision_for_a_while():
     watching = debugger("fallback", fallback_steps=3)
     trainer(watching, max_epochs=2).fit(module, batches(8))
     assert watching.bad_steps == [1, 9]  # steps 2 and 3 overflow no longer
-    raised = [step for step, is_raised in enumerate(module.forwards) if is_raised]
-    replays = 1 + 2 + 1  # forwards counts replays, which come right after the steps that failed
-    assert len(module.forwards) >= 16 and raised
+    assert 0 < sum(module.forwards) <= 3 + 6 < len(module.forwards)
     assert "ratio runs in a higher precision for 3 steps" in watching.printed()
     assert "ratio runs in a higher precision for 6 steps" in watching.printed()  # it has failed again
     assert all(torch.isfinite(value).all() for value in module.state_dict().values())
-    assert "forward" not in vars(module.ratio) and replays
+    assert "forward" not in vars(module.ratio)
 
 
 def test_a_fallback_survives_a_checkpoint(tmp_path):
@@ -384,8 +382,6 @@ def test_the_norms_are_drawn(tmp_path):
 
 
 def test_a_validation_that_is_not_finite_is_a_warning():
-    module = Faulty("forward", at=(1,))
-    module.at = ()
     watching = debugger()
 
     class Late(Faulty):

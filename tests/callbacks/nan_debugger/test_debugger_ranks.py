@@ -188,15 +188,18 @@ def pipelined():
             bool(torch.isfinite(p).all()) for p in module.parameters() if type(p.data) is torch.Tensor and not p.is_meta
         )
         found[bad] = (
-            watching.bad_steps,
-            report.cause,
-            report.ranks,
-            report.origin.stage,
-            report.origin.op,
-            report.origin.module,
-            report.finding.batch_number,
-            finite,
-        ), watching.printed()
+            (
+                watching.bad_steps,
+                report.cause,
+                report.ranks,
+                report.origin.stage,
+                report.origin.op,
+                report.origin.module,
+                report.finding.batch_number,
+                finite,
+            ),
+            watching.printed(),
+        )
     return found
 
 
