@@ -79,7 +79,7 @@ class RunningModules:
     def note(self, op: str, stage: int, micro_batch: int) -> None:
         """Remember where the operation that runs was called, if autograd has made a node for it."""
         number = torch._C._autograd._get_sequence_nr() - 1
-        if number in self._places:
+        if number < 0 or number in self._places:  # none has been drawn in this thread; or none for this operation
             return
         around = self.differentiated()
         if around is not None and not self.inside:  # the derivative of a derivative belongs where that does
