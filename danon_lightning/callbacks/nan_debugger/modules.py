@@ -66,6 +66,15 @@ class RunningModules:
             for handle in handles:
                 handle.remove()
 
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """What is called in here has ended at its end, also where a call was left in a way that hooks do not see."""
+        depth = len(self._stack)
+        try:
+            yield
+        finally:
+            del self._stack[depth:]
+
     @property
     def inside(self) -> bool:
         """Whether a module is running; in backward this is one that checkpointing runs again."""

@@ -83,7 +83,8 @@ class OriginTracer(TorchDispatchMode):
         before = self._stage, self._kind, self._micro_batch
         self._stage, self._kind, self._micro_batch = stage, kind, micro_batch
         try:
-            yield
+            with self._running.whole():
+                yield
         finally:
             self._stage, self._kind, self._micro_batch = before
 
