@@ -6,10 +6,10 @@
 *Faults* are those of ``tests/callbacks/nan_debugger/fault_zoo.py``: small LightningModules in which something known
 goes wrong. Three tools look for it: the replay of this package's NaN debugger; ``torch.autograd.detect_anomaly``, which
 names a node of autograd; and hooks on every module that look at outputs, at gradients, and before the step at the
-batch and the weights, which name a module. A fault counts as found where the tool names the right operation, or the right
-module. For a bad batch or weight both mean that this is said, by name. Anomaly mode prints the line that has called
-the operation, not the module: it is credited with the module where the line is the right one. Steps without a fault in
-which there are infinities all the same tell of false alarms.
+batch and the weights, which name a module. A fault counts as found where the tool names the right operation, or the
+right module. For a bad batch or weight both mean that this is said, by name. Anomaly mode prints the line that has
+called the operation, not the module: it is credited with the module where the line is the right one. Steps without a
+fault in which there are infinities all the same tell of false alarms.
 
 *Costs* are those of a healthy step of a transformer of 26 million parameters, in one process that runs the plain step
 and each tool in turn, round by round; ratios are medians over the rounds. The check of the NaN debugger is also timed

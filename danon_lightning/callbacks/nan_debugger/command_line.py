@@ -168,6 +168,10 @@ def _load(module: pl.LightningModule, bundle: Bundle) -> None:
     own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     wrong = sorted(set(own) ^ set(bundle.weights))
     wrong += [name for name in own if name not in wrong and own[name].shape != bundle.weights[name].shape]
+    if any(name.startswith("weights: ") for name in bundle.facts["left_out"]):
+        raise BundleError(
+            "the bundle holds the weights of one pipeline stage, or one shard: only the whole model can be replayed"
+        )
     if wrong:
         raise BundleError(
             f"the module does not fit the bundle's weights in {len(wrong)} places, such as {', '.join(wrong[:4])}. "

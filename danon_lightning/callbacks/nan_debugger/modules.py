@@ -66,6 +66,15 @@ class RunningModules:
             for handle in handles:
                 handle.remove()
 
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """What is called in here has ended at its end, also where a call was left in a way that hooks do not see."""
+        depth = len(self._stack)
+        try:
+            yield
+        finally:
+            del self._stack[depth:]
+
     @property
     def inside(self) -> bool:
         """Whether a module is running; in backward this is one that checkpointing runs again."""
@@ -79,7 +88,7 @@ class RunningModules:
     def note(self, op: str, stage: int, micro_batch: int) -> None:
         """Remember where the operation that runs was called, if autograd has made a node for it."""
         number = torch._C._autograd._get_sequence_nr() - 1
-        if number in self._places:
+        if number < 0 or number in self._places:  # none has been drawn in this thread; or none for this operation
             return
         around = self.differentiated()
         if around is not None and not self.inside:  # the derivative of a derivative belongs where that does

@@ -79,8 +79,9 @@ def preserved(module: pl.LightningModule) -> Iterator[None]:
 def silent(module: pl.LightningModule) -> Iterator[None]:
     """Have a module log and print nothing, also through its loggers."""
     with ExitStack() as stack:
-        for name in ("log", "log_dict", "print"):
-            stack.enter_context(replaced(module, name, lambda *args, **kwargs: None))
+        for one in module.modules():
+            for name in ("log", "log_dict", "print") if isinstance(one, pl.LightningModule) else ():
+                stack.enter_context(replaced(one, name, lambda *args, **kwargs: None))
         trainer = module._trainer
         if trainer is not None and trainer.loggers:
             stack.callback(setattr, trainer, "loggers", trainer.loggers)

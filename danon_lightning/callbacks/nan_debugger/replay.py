@@ -219,6 +219,8 @@ class _Run:
         notes = list(seen.notes)
         if seen.skipped_steps:
             notes.append("optimization is manual: earlier updates of the same step were not repeated")
+        if tracer.unseen and (origin is not None or not seen.finite):
+            notes.append("not all results could be looked at: " + ", ".join(tracer.unseen))
         if compiled:
             notes.append("compiled code was replayed as it was written, without the compiler")
         if origin is not None and notes:

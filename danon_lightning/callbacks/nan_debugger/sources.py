@@ -80,4 +80,4 @@ def attributes(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for prefix, one in module.named_modules():
         for name, value in vars(one).items():
             if name not in ("_parameters", "_buffers", "_modules") and isinstance(value, (Tensor, list, tuple, dict)):
-                yield from tensors_in(value, f"{prefix}.{name}" if prefix else name)
+                yield from tensors_in(value, f"{prefix}.{name}" if prefix else name, objects=False)

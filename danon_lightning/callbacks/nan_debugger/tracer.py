@@ -46,6 +46,7 @@ class OriginTracer(TorchDispatchMode):
 
     Attributes:
         before_writes: Called with the tensors that an operation is about to write, before it runs.
+        unseen: Operations whose results could not be looked at, and why.
     """
 
     supports_higher_order_operators = True
@@ -61,7 +62,7 @@ class OriginTracer(TorchDispatchMode):
         """
         super().__init__()
         self.before_writes: Callable[[Sequence[Tensor]], None] | None = None
-        self._module = module
+        self.unseen: dict[str, str] = {}
         self._batch_size = batch_size_of(batch)
         self._sources = Sources(module, batch)
         self._ledger = Ledger(self._sources, self._batch_size)
@@ -82,7 +83,8 @@ class OriginTracer(TorchDispatchMode):
         before = self._stage, self._kind, self._micro_batch
         self._stage, self._kind, self._micro_batch = stage, kind, micro_batch
         try:
-            yield
+            with self._running.whole():
+                yield
         finally:
             self._stage, self._kind, self._micro_batch = before
 
@@ -149,7 +151,7 @@ class OriginTracer(TorchDispatchMode):
         self._running.note(operation.name, self._stage, self._micro_batch)
         if self.before_writes is not None and operation.written:
             self.before_writes(operation.written)
-        changed = {id(one): _Taken(one, badness(one), self._statistics(one)) for one in operation.changed}
+        changed = self._before(operation)
         output = func(*args, **kwargs)
         made = [one for one in tree_leaves(output) if isinstance(one, Tensor)]
         made += [one for one in operation.written if not any(one is other for other in made)]
@@ -159,8 +161,19 @@ class OriginTracer(TorchDispatchMode):
             for one in made:
                 self._ledger.note_unwritten(one)
         elif not operation.views:
-            self._look(operation, changed, made)
+            try:
+                self._look(operation, changed, made)
+            except (RuntimeError, NotImplementedError, TypeError) as error:  # a kind of tensor that nobody thought of
+                self.unseen.setdefault(operation.name, str(error).partition("\n")[0])
         return output
+
+    def _before(self, operation: Operation) -> dict[int, _Taken]:
+        """What is to be changed in place, as long as it is there."""
+        try:
+            return {id(one): _Taken(one, badness(one), self._statistics(one)) for one in operation.changed}
+        except (RuntimeError, NotImplementedError, TypeError) as error:
+            self.unseen.setdefault(operation.name, str(error).partition("\n")[0])
+            return {}
 
     def _look(self, operation: Operation, changed: Mapping[int, _Taken], made: Sequence[Tensor]) -> None:
         bad = [(one, how) for one in made if (how := badness(one))]

@@ -1,7 +1,7 @@
 """What tensors of any kind hold: plain, sparse, sharded, complex, of eight bits, or none that one may look at."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -131,24 +131,30 @@ def bad_sample(tensor: Tensor, batch_size: int | None) -> int | None:
     return found[0] if found and (len(found) < batch_size or batch_size == 1) else None
 
 
-def tensors_in(tree: Any, path: str = "batch") -> Iterator[tuple[str, Tensor]]:
-    """The tensors in nested containers and plain objects, with where they are: ``("batch['x'][0]", tensor)``."""
+def tensors_in(tree: Any, path: str = "batch", *, objects: bool = True, depth: int = 6) -> Iterator[tuple[str, Tensor]]:
+    """The tensors in nested containers, with where they are: ``("batch['x'][0]", tensor)``.
+
+    Args:
+        tree: The containers.
+        path: What it is called.
+        objects: Whether to look into the attributes of other objects as well.
+        depth: How many levels to look into.
+    """
     if isinstance(tree, Tensor):
         yield path, tree
-    elif isinstance(tree, dict) or (hasattr(tree, "keys") and hasattr(tree, "__getitem__")):
-        for key in tree.keys():  # noqa: SIM118 - transformers' BatchEncoding and others are no dicts
-            name = f'"{key}"' if isinstance(key, str) else repr(key)
-            yield from tensors_in(tree[key], f"{path}[{name}]")
+        return
+    inner: list[tuple[str, Any]] = []
+    if isinstance(tree, Mapping) or (objects and hasattr(tree, "keys") and hasattr(tree, "__getitem__")):
+        inner = [(f'{path}["{key}"]' if isinstance(key, str) else f"{path}[{key!r}]", tree[key]) for key in tree.keys()]
     elif isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        for name in tree._fields:
-            yield from tensors_in(getattr(tree, name), f"{path}.{name}")
+        inner = [(f"{path}.{name}", getattr(tree, name)) for name in tree._fields]
     elif isinstance(tree, (list, tuple)):
-        for index, one in enumerate(tree):
-            yield from tensors_in(one, f"{path}[{index}]")
-    elif hasattr(tree, "__dict__") and not isinstance(tree, (type, nn.Module)):
-        for name, one in vars(tree).items():
-            if isinstance(one, (Tensor, dict, list, tuple)):
-                yield from tensors_in(one, f"{path}.{name}")
+        inner = [(f"{path}[{index}]", one) for index, one in enumerate(tree)]
+    elif objects and hasattr(tree, "__dict__") and not isinstance(tree, (type, nn.Module)):
+        inner = [(f"{path}.{name}", one) for name, one in vars(tree).items()]
+    if depth:
+        for where, one in inner:
+            yield from tensors_in(one, where, objects=objects, depth=depth - 1)
 
 
 def batch_size_of(batch: Any) -> int | None:

@@ -238,3 +238,35 @@ def test_nothing_is_left_watching():
     assert not internals._global_forward_hooks and not internals._global_forward_pre_hooks
     torch.log(-torch.ones(3))
     assert tracer.origin == before
+
+
+def test_a_module_that_is_left_by_force_is_not_taken_for_one_that_runs():
+    class Leave(BaseException):
+        pass
+
+    def leave(x):
+        raise Leave
+
+    module = nn.Sequential(Function(lambda x: torch.sqrt(x * 0)), nn.Sequential(Function(leave)))
+    tracer = OriginTracer(module)
+    x = torch.ones(2, 4, requires_grad=True)
+    with tracer:
+        with pytest.raises(Leave), tracer.measuring(0, "forward", 0):
+            module(x)
+        with tracer.measuring(0, "forward", 1):
+            output = module[0](x)
+        with tracer.measuring(0, "backward", 1):
+            found = torch.autograd.grad(output.sum(), x)
+    origin = tracer.resolve(output.sum(), {"x": found[0]})
+    assert (origin.cause, origin.module, origin.micro_batch) == ("backward", "0", 1)
+    assert origin.forward_op == "aten.sqrt.default"
+
+
+def test_attributes_that_hold_themselves_are_no_trap():
+    module = Function(lambda x: torch.log(x - 2))
+    module.loop = {"x": torch.ones(1)}
+    module.loop["loop"] = module.loop
+    tracer = OriginTracer(module, {"batch": module.loop})
+    with tracer:
+        output = module(torch.ones(4))
+    assert tracer.resolve(output).name == "log"
