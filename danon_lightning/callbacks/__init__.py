@@ -1,7 +1,16 @@
 """Callbacks: they watch and report. They serve any LightningModule under any strategy."""
 
+from danon_lightning.callbacks.nan_debugger import NaNDebugger, NonFiniteError, NumericLimits
 from danon_lightning.callbacks.pipeline_timeline import PipelineTimeline, draw_timeline
 from danon_lightning.callbacks.run_summary import RunSummary
 from danon_lightning.callbacks.text_sampler import TextSampler
 
-__all__ = ["PipelineTimeline", "RunSummary", "TextSampler", "draw_timeline"]
+__all__ = [
+    "NaNDebugger",
+    "NonFiniteError",
+    "NumericLimits",
+    "PipelineTimeline",
+    "RunSummary",
+    "TextSampler",
+    "draw_timeline",
+]
