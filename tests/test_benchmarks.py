@@ -112,3 +112,13 @@ def test_activations_of_1f1b_do_not_grow_with_the_number_of_micro_batches(load):
     peaks = load("pipeline_memory").measure_activations(2, [4, 8], width=32, samples=256)
     assert peaks["1f1b"][4] == peaks["1f1b"][8]
     assert peaks["gpipe"][8] > 1.9 * peaks["gpipe"][4] > 1.9 * peaks["1f1b"][4]
+
+
+@pytest.mark.slow
+def test_who_finds_planted_faults_is_printed_and_written(tmp_path):
+    file = tmp_path / "nan_faults.json"
+    assert "module named" in run("nan_faults.py", "--json", str(file), "--rounds", "1", "--layers", "1")
+    found = json.loads(file.read_text())
+    ours = found["faults"]["totals"]["NaN debugger"]
+    assert ours["both"] / ours["of"] >= 13 / 14 and ours["false_alarms"] == 0
+    assert set(found["costs"]["tools"]) == {"plain", "NaN debugger", "detect_anomaly", "module hooks"}

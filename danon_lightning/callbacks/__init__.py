@@ -1,8 +1,18 @@
 """Callbacks: they watch and report. They serve any LightningModule under any strategy."""
 
 from danon_lightning.callbacks.gradient_monitor import GradientMonitor
+from danon_lightning.callbacks.nan_debugger import NaNDebugger, NonFiniteError, NumericLimits
 from danon_lightning.callbacks.pipeline_timeline import PipelineTimeline, draw_timeline
 from danon_lightning.callbacks.run_summary import RunSummary
 from danon_lightning.callbacks.text_sampler import TextSampler
 
-__all__ = ["GradientMonitor", "PipelineTimeline", "RunSummary", "TextSampler", "draw_timeline"]
+__all__ = [
+    "GradientMonitor",
+    "NaNDebugger",
+    "NonFiniteError",
+    "NumericLimits",
+    "PipelineTimeline",
+    "RunSummary",
+    "TextSampler",
+    "draw_timeline",
+]

@@ -259,6 +259,11 @@ class DanonHybridStrategy(ReplicatedStrategy):
         return self._communicator.stats() if self._communicator else {}
 
     @property
+    def gradients_agree(self) -> bool:
+        """Whether replicas have the same gradients when the optimizer moves: those of the batches of this very step."""
+        return self._sync_mode is None
+
+    @property
     def gradients_finite(self) -> bool | None:
         """Whether all gradients of the last exchange were finite, on all ranks. If not, all of them skip the step.
 
