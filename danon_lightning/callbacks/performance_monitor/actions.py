@@ -29,18 +29,21 @@ _TRAINING_HOOKS = (
 )
 
 
+# (True, part) if a part starts, (False, part) if one stops, (False, None) if all that go on stop.
+_Meaning = tuple[bool, str | None]
+
+
 @dataclass
 class Actions:
-    """By the name of an action, what its start and its end say: ``(True, part)`` if a part starts, ``(False, part)`` if
-    one stops.
+    """By the name of an action, what its start and its end mean for the parts of a step.
 
     Attributes:
         at_start: What starts mean.
         at_stop: What ends mean.
     """
 
-    at_start: dict[str, tuple[bool, str]] = field(default_factory=dict)
-    at_stop: dict[str, tuple[bool, str]] = field(default_factory=dict)
+    at_start: dict[str, _Meaning] = field(default_factory=dict)
+    at_stop: dict[str, _Meaning] = field(default_factory=dict)
 
     def span(self, name: str, part: str) -> None:
         """The part lasts as long as the action.
@@ -77,6 +80,8 @@ def actions_of(trainer: pl.Trainer, module: pl.LightningModule, callback: pl.Cal
     # With manual optimization these lie in the training step.
     actions.span("optimizer_step", "optimizer")
     actions.span("save_checkpoint", "checkpoint")
+    # Whatever was left open, there is nothing around this.
+    actions.at_start["run_training_batch"] = False, None
     for other in trainer.callbacks:  # type: ignore[attr-defined]
         for hook in _TRAINING_HOOKS:
             if is_overridden(hook, other, parent=pl.Callback):
@@ -104,25 +109,11 @@ def listen(profiler: Profiler, actions: Actions, timer: PartTimer) -> Callable[[
         Ends it; the last one to do so leaves the profiler as it was.
     """
 
-    def hear(table: dict[str, tuple[bool, str]], name: str) -> None:
-        if name == "run_training_batch" and table is actions.at_start:
-            timer.stop_all()  # whatever was left open
-        meaning = table.get(name)
-        if meaning is not None:
-            starts, part = meaning
-            (timer.start if starts else timer.stop)(part)
-
-    def on_start(name: str) -> None:
-        hear(actions.at_start, name)
-
-    def on_stop(name: str) -> None:
-        hear(actions.at_stop, name)
-
     state: dict[str, Any] = vars(profiler)
     if _LISTENERS not in state:
         _open_to_listeners(profiler, state)
     listeners: list[Any] = state[_LISTENERS]
-    own = (on_start, on_stop)
+    own = (actions.at_start.get, actions.at_stop.get, timer)
     listeners.append(own)
 
     def end() -> None:
@@ -137,16 +128,21 @@ def listen(profiler: Profiler, actions: Actions, timer: PartTimer) -> Callable[[
 
 def _open_to_listeners(profiler: Profiler, state: dict[str, Any]) -> None:
     start, stop = profiler.start, profiler.stop
-    listeners: list[tuple[Callable[[str], None], Callable[[str], None]]] = []
+    listeners: list[tuple[Callable[[str], _Meaning | None], Callable[[str], _Meaning | None], PartTimer]] = []
 
+    # Called some hundred times a step: nothing is done here that can be done beforehand.
     def start_and_tell(action_name: str) -> None:
-        for on_start, _ in listeners:
-            on_start(action_name)
+        for find, _, timer in listeners:
+            meaning = find(action_name)
+            if meaning is not None:
+                timer.turn(*meaning)
         start(action_name)
 
     def stop_and_tell(action_name: str) -> None:
         stop(action_name)
-        for _, on_stop in listeners:
-            on_stop(action_name)
+        for _, find, timer in listeners:
+            meaning = find(action_name)
+            if meaning is not None:
+                timer.turn(*meaning)
 
     state.update({_LISTENERS: listeners, "start": start_and_tell, "stop": stop_and_tell})

@@ -42,6 +42,20 @@ class PartTimer:
         self._moments: deque[tuple[Any, str, dict[str, float]]] = deque()
         self._moments.append((clock.now(), self._part, seconds))
 
+    def turn(self, starts: bool, part: str | None) -> None:
+        """Start a part, or stop one.
+
+        Args:
+            starts: Which of both.
+            part: What starts or stops; None to stop all.
+        """
+        if part is None:
+            self.stop_all()
+        elif starts:
+            self.start(part)
+        else:
+            self.stop(part)
+
     def start(self, part: str) -> None:
         """Interrupt what goes on.
 
