@@ -62,6 +62,7 @@ def test_the_top_level_shows_the_folders_of_the_package(name):
 PUBLIC = {
     "danon_lightning": ["DanonHybridStrategy", "__version__"],
     "danon_lightning.callbacks": [
+        "CommunicationMonitor",
         "PerformanceMonitor",
         "PipelineTimeline",
         "RunSummary",

@@ -135,9 +135,9 @@ class Kept(pl.loggers.logger.DummyLogger):
 def fit(module, callbacks, *, folder=None, **options):
     """Returns the logger."""
     kept = Kept()
-    defaults = {"max_epochs": 1, "limit_val_batches": 0, "enable_checkpointing": False}
+    defaults = {"accelerator": "cpu", "max_epochs": 1, "limit_val_batches": 0, "enable_checkpointing": False}
     trainer = pl.Trainer(
-        accelerator="cpu", logger=kept, callbacks=callbacks, enable_progress_bar=False, enable_model_summary=False,
+        logger=kept, callbacks=callbacks, enable_progress_bar=False, enable_model_summary=False,
         default_root_dir=folder, num_sanity_val_steps=0, **{**defaults, **options},
     )  # fmt: skip
     trainer.fit(module)

@@ -256,6 +256,22 @@ def test_a_device_is_waited_for_only_when_asked():
     assert sum(found.values()) == 7
 
 
+@pytest.mark.cuda
+def test_on_cuda_times_and_memory_are_those_of_the_device():
+    class Big(Timed):
+        def training_step(self, batch, batch_idx):
+            big = torch.randn(2048, 2048, device=self.device)
+            for _ in range(20):
+                big = big @ big.softmax(1)
+            return super().training_step(batch, batch_idx) + 0 * big.sum()
+
+    values = fit(Big(FakeTime()), [PerformanceMonitor(4, warm_up_steps=2)], accelerator="cuda", devices=1, max_epochs=2)
+    values = values.of("performance/")[7]
+    assert values["seconds/forward"] > 0.5 * values["step_seconds"]
+    assert sum(seconds(values).values()) == pytest.approx(values["step_seconds"])
+    assert values["memory/reserved_peak_gib"] >= values["memory/allocated_peak_gib"] > 0.04
+
+
 def test_memory_is_that_of_the_process():
     meter = MemoryMeter(torch.device("cpu"))
     before = meter.read()

@@ -56,17 +56,16 @@ class ExchangeMeter:
     def __init__(self, trainer: pl.Trainer, every_n_steps: int) -> None:
         """See the class."""
         self._strategy: Any = trainer.strategy
+        self._tells_all = isinstance(trainer.strategy, HasCommunicationStats)
         self._is_alone = trainer.world_size == 1
         self._before: Mapping[str, Any] = {}
         model = getattr(trainer.strategy, "model", None)
         self._ddp: Any = model if isinstance(model, DistributedDataParallel) else None
-        if self._ddp is not None and not self.tells_all:
-            self._ddp._set_ddp_runtime_logging_sample_rate(every_n_steps)
-
-    @property
-    def tells_all(self) -> bool:
-        """Whether the strategy counts its bytes."""
-        return isinstance(self._strategy, HasCommunicationStats)
+        if self._ddp is not None and not self._tells_all:
+            # A prototype of torch's, as is what it measures: without it, nothing is known.
+            set_rate = getattr(self._ddp, "_set_ddp_runtime_logging_sample_rate", None)
+            if set_rate is not None:
+                set_rate(every_n_steps)
 
     def take(self, steps: int) -> Exchange:
         """What was exchanged since the last call.
@@ -74,7 +73,7 @@ class ExchangeMeter:
         Args:
             steps: Optimizer steps since then.
         """
-        if self.tells_all:
+        if self._tells_all:
             now, before = self._strategy.communication_stats(), self._before
             self._before = now
             if not now:  # one rank, or one replica
@@ -88,7 +87,8 @@ class ExchangeMeter:
         return self._of_ddp(steps)
 
     def _of_ddp(self, steps: int) -> Exchange:
-        told = self._ddp._get_ddp_logging_data() if self._ddp is not None else {}
+        read = getattr(self._ddp, "_get_ddp_logging_data", None)
+        told = read() if read is not None else {}
         whole, hidden = told.get("backward_comm_time"), told.get("backward_compute_comm_overlap_time")
         if whole is None or hidden is None:
             return Exchange()

@@ -113,7 +113,7 @@ class CommunicationMonitor(pl.Callback):
         self._exchange: ExchangeMeter | None = None
         self._squares: Tensor | None = None
         self._measured: tuple[dict[str, float], Sequence[Any]] | None = None
-        self._measures = False
+        self._measures = self._has_stages = False
         self._warming_up = 0
         self._ranks = 1
         self._best_bandwidth = 0.0
@@ -135,6 +135,8 @@ class CommunicationMonitor(pl.Callback):
         self._ranks, self._warming_up = trainer.world_size, self.warm_up_steps
         self._exchange = ExchangeMeter(trainer, self.every_n_steps)
         self._measured = self._squares = None
+        self._totals = RunTotals()
+        self._has_stages = isinstance(trainer.strategy, HasTimeline)
         self._times.begin(trainer, pl_module, self)
         self._exchange.take(0)
 
@@ -148,7 +150,7 @@ class CommunicationMonitor(pl.Callback):
         """Have the passes of the last step of a window measured, if there are stages."""
         window = (logs.current_step(trainer) + 1) // self.every_n_steps
         self._measures = (
-            isinstance(trainer.strategy, HasTimeline)
+            self._has_stages
             and self._is_due(trainer)
             and (self._measured is None or window % self.pipeline_every_n_logs == 0)
         )

@@ -98,7 +98,7 @@ class PerformanceMonitor(pl.Callback):
         self._trace: Trace | None = None
         self._limit = math.nan
         self._warming_up = 0
-        self._measures = self._is_cuda = self._has_warned = False
+        self._measures = self._has_stages = self._is_cuda = self._has_warned = False
         self._exposed, self._ranks_per_host = 0.0, 1
 
     @override
@@ -122,6 +122,8 @@ class PerformanceMonitor(pl.Callback):
         self._is_cuda, self._ranks_per_host = device.type == "cuda", max(1, trainer.num_devices)
         self._memory, self._limit = MemoryMeter(device), limit_of(device)
         self._warming_up = self.warm_up_steps
+        self._totals = RunTotals()
+        self._has_stages = isinstance(trainer.strategy, HasTimeline)
         self._times.begin(trainer, pl_module, self)
         steps, warm_up = self._traced
         if steps:
@@ -153,7 +155,7 @@ class PerformanceMonitor(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Have the passes of the last step of a window measured, if there are stages."""
-        self._measures = isinstance(trainer.strategy, HasTimeline) and self._is_due(trainer)
+        self._measures = self._has_stages and self._is_due(trainer)
         if self._measures:
             trainer.strategy.measure_pipeline()  # type: ignore[attr-defined]
             self._times.begin_batch()
