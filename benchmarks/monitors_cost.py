@@ -4,9 +4,9 @@
     python benchmarks/monitors_cost.py --layers 1 --width 64 --pairs 30   # small steps, to see the cost itself
 
 One run of one process trains a stack of transformer layers. Blocks of steps with both monitors and without them take
-turns, so that what else the machine does meets both alike; of each pair, the second half has them in turn with the
-first. The ratio is that of neighbouring blocks, the median over all pairs. Processor time says the same without what
-other processes take away. TensorBoard's files are written too.
+turns, so that what else the machine does meets both alike; every second pair begins with the monitors. The ratio is
+that of the two blocks of a pair, the median over all pairs. Processor time says the same without what other processes
+take away. The monitors write to TensorBoard's files.
 """
 
 import argparse

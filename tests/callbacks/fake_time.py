@@ -132,9 +132,9 @@ class Kept(pl.loggers.logger.DummyLogger):
         return {step: values for step, values in found.items() if values}
 
 
-def fit(module, callbacks, *, folder=None, **options):
+def fit(module, callbacks, *, folder=None, logger=None, **options):
     """Returns the logger."""
-    kept = Kept()
+    kept = logger or Kept()
     defaults = {"accelerator": "cpu", "max_epochs": 1, "limit_val_batches": 0, "enable_checkpointing": False}
     trainer = pl.Trainer(
         logger=kept, callbacks=callbacks, enable_progress_bar=False, enable_model_summary=False,

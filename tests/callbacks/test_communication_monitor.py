@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "strategies"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "strategies" / "pipeline"))
 import lightning_modules  # noqa: E402
-from fake_time import FakeTime, Kept, Timed, fit  # noqa: E402
+from fake_time import FakeTime, Kept, Manual, Timed, fit  # noqa: E402
 from plain_module import PlainModule, loader  # noqa: E402
 
 from danon_lightning.callbacks import CommunicationMonitor, PerformanceMonitor
@@ -184,12 +184,13 @@ def test_norms_of_gradients():
     assert global_norm(SimpleNamespace(strategy=staged, world_size=4), held[0]) == pytest.approx(29**0.5)
 
 
-def test_a_single_process_communicates_nothing():
+@pytest.mark.parametrize("kind", [Timed, Manual])
+def test_a_single_process_communicates_nothing(kind):
     time = FakeTime()
     callback = CommunicationMonitor(2, warm_up_steps=0, _clock=time.clock())
     assert isinstance(callback, ReportsFindings)
     assert all(math.isnan(value) for value in callback.get_performance_metrics().values())
-    module = Timed(time)
+    module = kind(time)
     logged = fit(module, [callback]).of("communication/")
     assert sorted(logged) == [1, 3]
     metrics = callback.get_performance_metrics()
@@ -237,6 +238,24 @@ def test_what_a_strategy_tells_is_taken_out_of_the_backward_pass():
     assert [values["skipped_steps"] for values in kept.of("communication/").values()] == [0, 1, 0, 1]
     steps = list(kept.of("performance/").values())
     assert all((s["seconds/communication"], s["seconds/backward"], s["step_seconds"]) == (3, 5, 31) for s in steps)
+
+
+class FullDisk(Kept):
+    def log_metrics(self, metrics, step=None):
+        raise OSError("no space left on device")
+
+
+def test_a_full_disk_is_two_warnings():
+    """One of each monitor; the numbers are there all the same."""
+    time = FakeTime()
+    callbacks = [
+        monitor(1, warm_up_steps=0, _clock=time.clock()) for monitor in (CommunicationMonitor, PerformanceMonitor)
+    ]
+    with pytest.warns(UserWarning, match="no space left") as warned:
+        fit(Timed(time), callbacks, logger=FullDisk())
+    assert sum("no space left" in str(warning.message) for warning in warned) == 2
+    assert callbacks[0].get_performance_metrics()["computation_time"] == 12
+    assert "over 4 steps" in callbacks[1].findings()[-1].text
 
 
 def test_the_best_window_is_the_reference_and_is_kept():
