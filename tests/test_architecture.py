@@ -66,6 +66,8 @@ PUBLIC = {
         "NaNDebugger",
         "NonFiniteError",
         "NumericLimits",
+        "CommunicationMonitor",
+        "PerformanceMonitor",
         "PipelineTimeline",
         "RunSummary",
         "TextSampler",

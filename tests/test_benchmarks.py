@@ -49,6 +49,15 @@ def test_the_cost_of_pipelines_is_printed_and_drawn(tmp_path):
     assert file.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
+def test_the_cost_of_monitors_is_printed_and_written(tmp_path):
+    file = tmp_path / "monitors.json"
+    small = ["--layers", "1", "--width", "64", "--block", "4", "--every", "2", "--pairs", "2"]
+    assert "both monitors every 2 steps" in run("monitors_cost.py", *small, "--json", str(file))
+    results = json.loads(file.read_text())["results"]
+    assert len(results["wall"]["ratios"]) == len(results["processor"]["ratios"]) == 2
+
+
 # ---- what the figures rest on: the measures themselves, on small settings
 
 
