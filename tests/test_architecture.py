@@ -61,7 +61,17 @@ def test_the_top_level_shows_the_folders_of_the_package(name):
 
 PUBLIC = {
     "danon_lightning": ["DanonHybridStrategy", "__version__"],
-    "danon_lightning.callbacks": ["PipelineTimeline", "RunSummary", "TextSampler", "draw_timeline"],
+    "danon_lightning.callbacks": [
+        "AttentionMonitor",
+        "Finding",
+        "HealthReport",
+        "MeasuresAttention",
+        "PipelineTimeline",
+        "ReportsFindings",
+        "RunSummary",
+        "TextSampler",
+        "draw_timeline",
+    ],
     "danon_lightning.models": [
         "BitsPerByte",
         "DALALightning",
