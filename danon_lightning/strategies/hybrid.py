@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.strategies.registry import _StrategyRegistry
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -20,6 +21,7 @@ from lightning.pytorch.utilities.exceptions import _augment_message
 from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from danon_lightning.optim import OneBitAdam
@@ -35,6 +37,8 @@ from danon_lightning.strategies.communication.error_feedback import resolve_erro
 from danon_lightning.strategies.communication.layout import check_hierarchical, uses_two_levels
 from danon_lightning.strategies.mesh import Mesh
 from danon_lightning.strategies.optimizer_checks import check_optimizer
+from danon_lightning.strategies.optimizer_sharding import ShardedOptimizer, sharded
+from danon_lightning.strategies.pipeline.checkpoint import gather_plain
 from danon_lightning.strategies.pipeline.initialization import reproducible
 from danon_lightning.strategies.pipeline.schedules import resolve_schedule
 from danon_lightning.strategies.preemption import PostponedRequeue
@@ -61,6 +65,8 @@ class DanonHybridStrategy(DDPStrategy):
             ranks alike, "auto" for True wherever there are several nodes with several ranks each.
         find_unused_parameters: Set it if some parameters take no part in a training step.
         static_graph: Set it if the graph is the same at every step.
+        optimizer_sharding: True to share the optimizer's state out among replicas, each of which moves its part of the
+            weights and sends it to the others. Weights are the same to the bit.
         bucket_cap_mb: Size of the gradient buckets in MiB.
         pipeline_parallel_size: Number of ranks that share a replica of the model, each with some of its layers; 1 for
             a whole model on every rank.
@@ -118,6 +124,7 @@ class DanonHybridStrategy(DDPStrategy):
         hierarchical: bool | Literal["auto"] = "auto",
         find_unused_parameters: bool = False,
         static_graph: bool = False,
+        optimizer_sharding: bool = False,
         bucket_cap_mb: float = 25,
         pipeline_parallel_size: int = 1,
         num_microbatches: int | Literal["auto"] = "auto",
@@ -158,7 +165,7 @@ class DanonHybridStrategy(DDPStrategy):
         self._error_feedback = resolve_error_feedback(error_feedback, self._compressor)
         self._residual_checkpoint = residual_checkpoint
         self._saved_memory: dict[str, Any] | None = None
-        self._hierarchical = hierarchical
+        self._hierarchical, self._optimizer_sharding = hierarchical, optimizer_sharding
         self._bucket_bytes = round(bucket_cap_mb * (1 << 20))
         self._communicator: GradientCommunicator | None = None
         if pipeline_parallel_size < 1:
@@ -265,6 +272,17 @@ class DanonHybridStrategy(DDPStrategy):
             ``exposed_seconds``, ``hidden_seconds`` and ``residual_norm``. Empty before ``fit``, and on a single rank.
         """
         return self._communicator.stats() if self._communicator else {}
+
+    @property
+    def gradients_finite(self) -> bool | None:
+        """Whether all gradients of the last exchange were finite, on all ranks. If not, all of them skip the step.
+
+        None where nobody has looked: without compression, and before the first exchange.
+        """
+        communicator = self._communicator
+        if communicator is None or self._compressor is None or not communicator.steps:
+            return None
+        return communicator.finite
 
     @override
     @contextmanager
@@ -384,16 +402,47 @@ class DanonHybridStrategy(DDPStrategy):
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         """Create the optimizers, and see whether the compression goes with them."""
         super().setup_optimizers(trainer)
-        if self._communicator is None or self._compressor is None:
-            return
+        if self._communicator is not None and self._compressor is not None:
+            self._check_optimizers(self._communicator, self._compressor, clips=bool(trainer.gradient_clip_val))
+        if self._optimizer_sharding:
+            group, held = self._replicas()
+            if group is not None:
+                schedulers = [config.scheduler for config in self.lr_scheduler_configs]
+                self.optimizers = sharded(self.optimizers, schedulers, group, held)
+
+    def _check_optimizers(
+        self, communicator: GradientCommunicator, compressor: Compressor | LinearCompressor, *, clips: bool
+    ) -> None:
         for optimizer in self.optimizers:
-            clips = bool(trainer.gradient_clip_val)
-            check_optimizer(optimizer, self._compressor, self._error_feedback, clips=clips)
+            check_optimizer(optimizer, compressor, self._error_feedback, clips=clips)
         with_momentum = [optimizer for optimizer in self.optimizers if isinstance(optimizer, OneBitAdam)]
         if with_momentum and len(self.optimizers) > 1:
             raise ValueError("OneBitAdam can be used with a compression only as the only optimizer")
         for optimizer in with_momentum:
-            self._communicator.exchange_momentum_of(optimizer)
+            communicator.exchange_momentum_of(optimizer)
+
+    def _replicas(self) -> tuple[dist.ProcessGroup | None, set[int]]:
+        """The ranks that hold the same as this one, if there are others; and the ``id`` of each parameter it holds."""
+        held = {id(p) for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]}
+        return dist.group.WORLD if self.world_size > 1 else None, held
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The whole state on rank 0; elsewhere of sharded optimizers nothing. For these it is collective."""
+        if isinstance(optimizer, LightningOptimizer):
+            optimizer = optimizer._optimizer
+        if not isinstance(optimizer, ShardedOptimizer):
+            return super().optimizer_state(optimizer)
+        self._refuse_to_gather_after_failure()
+        group, _ = self._replicas()
+        assert group is not None
+        state = optimizer.state_dict()
+        every = range(len(optimizer.indices))
+        return {**state, "state": gather_plain(state["state"], every, group, self.root_device)}
+
+    def _refuse_to_gather_after_failure(self) -> None:
+        if self._has_failed or self.lightning_module is not None and self.lightning_module.trainer.interrupted:
+            raise RuntimeError("no checkpoint is written after an error: other ranks cannot be asked for their part")
 
     def _loss_scale(self) -> float:
         scaler = self._scaler()

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from danon_lightning.strategies.hybrid import DanonHybridStrategy
+from danon_lightning.strategies.optimizer_sharding import ShardedOptimizer
 from danon_lightning.strategies.pipeline.agreement import broadcast_plain
 from danon_lightning.strategies.pipeline.balance import Costs, cut_table, parameter_costs, suggested_cuts
 from danon_lightning.strategies.pipeline.blocks import Blocks
@@ -34,8 +35,8 @@ from danon_lightning.strategies.pipeline.planning import belongs_across_nodes, b
 from danon_lightning.strategies.pipeline.recording import Cuts
 from danon_lightning.strategies.pipeline.refusals import check_optimizers, check_trainer, check_whole
 from danon_lightning.strategies.pipeline.stage import StagedModule
-from danon_lightning.strategies.pipeline.steps import TRAINING, Steps
-from danon_lightning.strategies.pipeline.timeline import COMPUTE, Pass, Stopwatch, gather_passes
+from danon_lightning.strategies.pipeline.steps import TRAINING, Batch, Steps
+from danon_lightning.strategies.pipeline.timeline import COMPUTE, Pass, PassObserver, Stopwatch, gather_passes
 from danon_lightning.strategies.process_groups import GroupReference, own_group
 from danon_lightning.strategies.seeds import seed_from
 
@@ -53,9 +54,10 @@ class PipelinedStrategy(DanonHybridStrategy):
     _steps: Steps
     _costs: Costs | None = None
     _made_in_part: Collection[str] = ()
-    _is_placed = _measures = False
+    _is_placed = _measures = _keeps_batches = False
     _trained = _evaluated = 0
     _measured: Sequence[Pass] = ()
+    _kept: Sequence[tuple[Batch, float]] = ()
 
     @override
     @contextmanager
@@ -203,7 +205,11 @@ class PipelinedStrategy(DanonHybridStrategy):
         for parameter in parameters:
             parameter.grad = None
         stopwatch = Stopwatch(self.root_device) if self._measures else None
-        result = self._steps.train(batch, self._loss_scale() / trainer.accumulate_grad_batches, stopwatch)
+        scale = self._loss_scale() / trainer.accumulate_grad_batches
+        if self._keeps_batches:
+            is_first = trainer.fit_loop.batch_idx % trainer.accumulate_grad_batches == 0
+            self._kept = [*(() if is_first else self._kept), (batch, scale)]
+        result = self._steps.train(batch, scale, stopwatch)
         if stopwatch is not None:
             self._measured, self._measures = stopwatch.passes(), False
         self._trained += 1
@@ -243,6 +249,45 @@ class PipelinedStrategy(DanonHybridStrategy):
                 f"the stages of the pipeline have unevenly much to do ({shares} of the time): "
                 f"stage_cut={list(better.bounds[1:-1])} should be faster"
             )
+
+    def keep_batches(self) -> None:
+        """From now on, keep the batches of each optimizer step for :meth:`replay_training_step`."""
+        self._keeps_batches = True
+
+    def replay_training_step(self, observer: PassObserver, batch: int = -1) -> dict[str, Tensor]:
+        """Run a training step once more, for whoever looks for what has gone wrong in it. Collective in the pipeline.
+
+        Weights must be as they were, so this is for the time between the backward pass and the optimizer's step.
+        Nothing is logged; gradients, buffers, metrics and random states stay as they are.
+
+        Args:
+            observer: Is told of all passes.
+            batch: Which one, of those since gradients were reset; by default the last.
+
+        Returns:
+            The gradients of this rank's layers, by name: of this batch alone, not averaged over replicas, and without
+            what other stages add to those that they share.
+
+        Raises:
+            RuntimeError: If there is no such batch: :meth:`keep_batches` comes first.
+        """
+        if not -len(self._kept) <= batch < len(self._kept):
+            raise RuntimeError(
+                f"batch {batch} cannot be replayed, {len(self._kept)} are kept: call keep_batches() before training"
+            )
+        assert self._staged is not None
+        held = {name: self._staged.parameter(name) for name in self._staged.owners}
+        parameters = {name: parameter for name, parameter in held.items() if parameter is not None}
+        before = {name: parameter.grad for name, parameter in parameters.items()}
+        for parameter in parameters.values():
+            parameter.grad = None
+        try:
+            self._steps.replay(*self._kept[batch], observer)
+            gradients = {name: parameter.grad for name, parameter in parameters.items()}
+        finally:
+            for name, parameter in parameters.items():
+                parameter.grad = before[name]
+        return {name: gradient for name, gradient in gradients.items() if gradient is not None}
 
     def measure_pipeline(self) -> None:
         """Take the time of all passes in the next training step."""
@@ -291,6 +336,7 @@ class PipelinedStrategy(DanonHybridStrategy):
     def on_train_start(self) -> None:
         """Begin anew."""
         self._steps.forget_training()
+        self._kept = ()
 
     def _settle(self) -> None:
         """Now that a training step is known: keep only what the stages of this rank use."""
@@ -299,6 +345,9 @@ class PipelinedStrategy(DanonHybridStrategy):
         owners = find_owners(staged.root, self._blocks, staged.cuts, self._steps.recordings.values())
         released = self._pipeline.settle(owners)
         for optimizer in self.optimizers:
+            if isinstance(optimizer, ShardedOptimizer):
+                optimizer.release(released)
+                continue
             for group in optimizer.param_groups:
                 group["params"] = [released.get(parameter, parameter) for parameter in group["params"]]
             for parameter in released:
@@ -340,6 +389,11 @@ class PipelinedStrategy(DanonHybridStrategy):
         communicator.average(parameters, self._bucket_bytes)
         if not communicator.finite:
             self._skip_step(self._own_parameters())
+
+    @override
+    def _replicas(self) -> tuple[dist.ProcessGroup | None, set[int]]:
+        group = None if self._replica_group is None else self._replica_group()
+        return group, {id(parameter) for parameter in self._own_parameters()}
 
     @override
     @contextmanager
@@ -437,9 +491,7 @@ class PipelinedStrategy(DanonHybridStrategy):
         return {"state": self._gather(state["state"], every), "param_groups": state["param_groups"]}
 
     def _gather(self, own: dict[Any, Any], order: Iterable[Any]) -> dict[Any, Any]:
-        assert self.lightning_module is not None
-        if self._has_failed or self.lightning_module.trainer.interrupted:
-            raise RuntimeError("no checkpoint is written after an error: other ranks cannot be asked for their layers")
+        self._refuse_to_gather_after_failure()
         if self.mesh.data_parallel_rank:
             return {}
         return gather_plain(own, order, self._pipeline_group(), self.root_device)
@@ -462,9 +514,12 @@ class PipelinedStrategy(DanonHybridStrategy):
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Load what this rank holds."""
-        own = {id(parameter) for parameter in self._own_parameters()}
+        _, own = self._replicas()
         states = []
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            if isinstance(optimizer, ShardedOptimizer):
+                states.append(state)
+                continue
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             kept = {index: one for index, one in state["state"].items() if id(parameters[index]) in own}
             states.append({**state, "state": kept})
@@ -473,6 +528,7 @@ class PipelinedStrategy(DanonHybridStrategy):
     @override
     def teardown(self) -> None:
         """Release the devices. The module stays cut: it can be validated and tested, and saved."""
+        self._kept, self._keeps_batches = (), False
         vars(self.precision_plugin).pop("clip_grad_by_norm", None)
         scaler = self._scaler()
         if scaler is not None:

@@ -243,13 +243,14 @@ class Disturbed(PlainModule):
     def __init__(self, bad, optimizer, *, rank=1, by=float("inf")):
         super().__init__(optimizer=optimizer)
         self.bad, self.bad_rank, self.by = bad, rank, by
-        self.scales = []
+        self.scales, self.finite = [], []
 
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)
         return loss * self.by if batch_idx in self.bad and self.global_rank == self.bad_rank else loss
 
     def on_train_batch_end(self, *args):
+        self.finite.append(self.trainer.strategy.gradients_finite)
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None:
             self.scales.append(scaler.get_scale())
@@ -279,7 +280,8 @@ def skip_bad_steps():
             trainer.fit(module, batches)
             stats = strategy.communication_stats()
             state = trainer.optimizers[0].state_dict()["state"]
-            outcomes.append((parameters(module), state, stats["residual_norm"], stats["skipped_steps"]))
+            skips = stats["skipped_steps"], module.finite.count(False), module.finite.count(None)
+            outcomes.append((parameters(module), state, stats["residual_norm"], skips))
         results[name] = outcomes
     return results
 
@@ -294,7 +296,7 @@ def test_a_step_that_is_not_finite_changes_neither_weights_nor_optimizer_nor_res
                 for key, value in state.items():
                     assert value is None or torch.equal(value, undisturbed[1][index][key]), f"{name}, {key}"
             assert disturbed[2] == undisturbed[2], name
-            assert (disturbed[3], undisturbed[3]) == (4, 0), name
+            assert (disturbed[3], undisturbed[3]) == ((4, 4, 0), (0, 0, 0)), name
 
 
 class ScaledLoss(MixedPrecision):

@@ -17,7 +17,7 @@ from danon_lightning.strategies.pipeline.passage import MicroBatch
 from danon_lightning.strategies.pipeline.recording import TensorMeta
 from danon_lightning.strategies.pipeline.schedules import Schedule
 from danon_lightning.strategies.pipeline.stage import StagedModule
-from danon_lightning.strategies.pipeline.timeline import Stopwatch
+from danon_lightning.strategies.pipeline.timeline import PassObserver
 from danon_lightning.strategies.pipeline.torch_pipelining import (
     ScheduledStage,
     as_in_memory,
@@ -111,7 +111,7 @@ class Pipeline:
         micro_batches: Sequence[MicroBatch],
         weights: Sequence[float],
         scale: float = 1.0,
-        stopwatch: Stopwatch | None = None,
+        observer: PassObserver | None = None,
     ) -> list[Any]:
         """Run forward and backward passes. Gradients are added to ``.grad``; :meth:`gather_shared_gradients` is left.
 
@@ -119,7 +119,7 @@ class Pipeline:
             micro_batches: The parts of the batch.
             weights: What share of it each is; they add up to one.
             scale: What the loss is multiplied by for the backward pass.
-            stopwatch: Takes the time of passes, and of what lies between them.
+            observer: Is told of passes, and of what lies between them.
 
         Returns:
             What the step returns for each micro-batch, without graphs, on the rank of the last stage; nothing on
@@ -132,7 +132,7 @@ class Pipeline:
             arriving = [self._arrives(stage.stage_index, one) for one in micro_batches]
             leaving = [self._arrives(stage.stage_index + 1, one) for one in micro_batches]
             stage.expect(_metas(arriving), _metas(leaving))
-            stage.stopwatch = stopwatch
+            stage.observer = observer
         number = len(micro_batches)
         if number not in self._prepared:
             self._prepared[number] = build_schedule(self._schedule.order(number), self._stages, number)
@@ -140,7 +140,7 @@ class Pipeline:
             factors = self._loss_factors(micro_batches, weights)
             self._batch = batch = _Batch(micro_batches, weights, scale, factors)
             try:
-                run_schedule(self._prepared[number], number, stopwatch)
+                run_schedule(self._prepared[number], number, observer)
             except BaseException as error:
                 self._prepared.clear()  # they are in the middle of something
                 # torch wraps it, with all arguments in print.

@@ -23,10 +23,12 @@ from danon_lightning.strategies.pipeline.blocks import Blocks
 from danon_lightning.strategies.pipeline.dry_run import batch_signature, dry_run
 from danon_lightning.strategies.pipeline.logged import Logged, captured, number_of, replay, tensor_of
 from danon_lightning.strategies.pipeline.metrics import SharedMetrics
+from danon_lightning.strategies.pipeline.module_state import restored
 from danon_lightning.strategies.pipeline.passage import MicroBatch
 from danon_lightning.strategies.pipeline.pipeline import Pipeline, loss_of
+from danon_lightning.strategies.pipeline.random_numbers import generators_restored
 from danon_lightning.strategies.pipeline.recording import Recording
-from danon_lightning.strategies.pipeline.timeline import Stopwatch
+from danon_lightning.strategies.pipeline.timeline import PassObserver
 from danon_lightning.strategies.process_groups import GroupReference
 
 TRAINING = "training_step"
@@ -123,19 +125,19 @@ class Steps:
             micro_batches.append(MicroBatch(step, index, seed, self.recordings[key]))
         return Batch(micro_batches, sizes, self._weights(parts, sizes))
 
-    def train(self, batch: Batch, scale: float, stopwatch: Stopwatch | None) -> Any:
+    def train(self, batch: Batch, scale: float, observer: PassObserver | None) -> Any:
         """Run forward and backward passes. Gradients are added to ``.grad``.
 
         Args:
             batch: From :meth:`prepare`.
             scale: What to multiply the loss by.
-            stopwatch: Measures the passes, if given.
+            observer: Is told of the passes, if given.
 
         Returns:
             The loss; on the last stage also what else the step has returned with it.
         """
         with self._logging() as logged:
-            results = self._pipeline.train(batch.micro_batches, batch.weights, scale, stopwatch)
+            results = self._pipeline.train(batch.micro_batches, batch.weights, scale, observer)
         found = {}
         if results:
             losses = [loss_of(result) for result in results]
@@ -144,6 +146,17 @@ class Steps:
         if results and isinstance(results[0], Mapping):
             return {**join_results(results, batch.sizes, batch.weights), "loss": loss}
         return loss
+
+    def replay(self, batch: Batch, scale: float, observer: PassObserver) -> None:
+        """Run forward and backward passes once more, logging nothing. Gradients are added to ``.grad``.
+
+        Args:
+            batch: From :meth:`prepare`.
+            scale: What to multiply the loss by.
+            observer: Is told of the passes.
+        """
+        with restored(self._module), generators_restored(self._device):
+            self._pipeline.train(batch.micro_batches, batch.weights, scale, observer)
 
     def evaluate(self, batch: Batch, *, logs: bool) -> Any:
         """Run forward passes.

@@ -1,9 +1,9 @@
 """When the stages of a rank have run which pass of which micro-batch, and for what the rank has waited in between."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -49,6 +49,31 @@ class Pass:
     end: float
 
 
+class PassObserver(Protocol):
+    """Is told what a rank does in a training step, while it does it. It must not raise: other ranks would wait."""
+
+    def measuring(self, stage: int, kind: str, micro_batch: int) -> AbstractContextManager[None]:
+        """Give a context for a pass, or for a transfer.
+
+        Args:
+            stage: A stage of this rank.
+            kind: See :class:`Pass`; ``"waiting"`` is ``"receive activation"``, ``"receive gradient"``, ``"send
+                activation"`` or ``"send gradient"`` here.
+            micro_batch: Which one.
+        """
+        ...
+
+    def mark(self, stage: int, kind: str, micro_batch: int) -> None:
+        """Hear of a moment.
+
+        Args:
+            stage: A stage of this rank.
+            kind: ``"want activation"`` or ``"want gradient"``: the stage asks for what it is to receive.
+            micro_batch: Which one.
+        """
+        ...
+
+
 class Stopwatch:
     """Takes the time of passes and waits; on CUDA without waiting for the device."""
 
@@ -69,26 +94,13 @@ class Stopwatch:
 
     @contextmanager
     def measuring(self, stage: int, kind: str, micro_batch: int) -> Iterator[None]:
-        """Measure what happens in here.
-
-        Args:
-            stage: A stage of this rank.
-            kind: See :class:`Pass`; ``"waiting"`` is ``"receive activation"``, ``"receive gradient"``, ``"send
-                activation"`` or ``"send gradient"`` here.
-            micro_batch: Which one.
-        """
+        """Measure what happens in here. See :class:`PassObserver`."""
         start = self._now()
         yield
         self._passes.append((stage, kind, micro_batch, start, self._now()))
 
     def mark(self, stage: int, kind: str, micro_batch: int) -> None:
-        """Note a moment.
-
-        Args:
-            stage: A stage of this rank.
-            kind: ``"want activation"`` or ``"want gradient"``: the stage asks for what it is to receive.
-            micro_batch: Which one.
-        """
+        """Note a moment. See :class:`PassObserver`."""
         moment = self._now()
         self._passes.append((stage, kind, micro_batch, moment, moment))
 

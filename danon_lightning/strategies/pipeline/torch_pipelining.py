@@ -16,7 +16,7 @@ from torch.distributed.pipelining._utils import _StageMeta, extract_tensor_metas
 from torch.distributed.pipelining.stage import _PipelineStageBase, _RecvInfo
 from typing_extensions import override
 
-from danon_lightning.strategies.pipeline.timeline import Stopwatch
+from danon_lightning.strategies.pipeline.timeline import PassObserver
 from danon_lightning.strategies.process_groups import GroupReference
 
 
@@ -41,7 +41,7 @@ class ScheduledStage(_PipelineStageBase):
             group: The ranks of the pipeline.
         """
         super().__init__(module, index, stages, device, group)
-        self.stopwatch: Stopwatch | None = None
+        self.observer: PassObserver | None = None
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -53,10 +53,10 @@ class ScheduledStage(_PipelineStageBase):
         self._group = GroupReference(group)
 
     def _measuring(self, kind: str, chunk: int) -> AbstractContextManager[None]:
-        return nullcontext() if self.stopwatch is None else self.stopwatch.measuring(self.stage_index, kind, chunk)
+        return nullcontext() if self.observer is None else self.observer.measuring(self.stage_index, kind, chunk)
 
     def _named(self, kind: str, chunk: int, ops: list[dist.P2POp]) -> list[dist.P2POp]:
-        """Have :func:`_transfers_measured` know them again."""
+        """Have :func:`_transfers_observed` know them again."""
         for op in ops:
             op.transfer = (self.stage_index, kind, chunk)  # type: ignore[attr-defined]
         return ops
@@ -190,16 +190,18 @@ def build_schedule(name: str, stages: Sequence[ScheduledStage], micro_batches: i
     return cls(stages[0] if single else list(stages), micro_batches, loss_fn=_first, scale_grads=False)
 
 
-def run_schedule(schedule: schedules._PipelineSchedule, micro_batches: int, stopwatch: Stopwatch | None = None) -> None:
+def run_schedule(
+    schedule: schedules._PipelineSchedule, micro_batches: int, observer: PassObserver | None = None
+) -> None:
     """Run all forward and backward passes.
 
     Args:
         schedule: From :func:`build_schedule`.
         micro_batches: For how many.
-        stopwatch: Takes the time that transfers cost this rank; that of passes is taken by the stages.
+        observer: Is told of transfers; of passes it is told by the stages.
     """
     numbers = [{"index": index} for index in range(micro_batches)]
-    with nullcontext() if stopwatch is None else _transfers_measured(stopwatch):
+    with nullcontext() if observer is None else _transfers_observed(observer):
         schedule._step_microbatches([()] * micro_batches, numbers, list(range(micro_batches)), return_outputs=False)
 
 
@@ -210,7 +212,7 @@ class _Works(list[dist.Work]):
 
 
 @contextmanager
-def _transfers_measured(stopwatch: Stopwatch) -> Iterator[None]:
+def _transfers_observed(observer: PassObserver) -> Iterator[None]:
     """Replace the two functions by which all schedules of torch begin transfers and wait for them.
 
     Stages could only guess when a rank waits: most schedules ask for data long before they need it.
@@ -225,14 +227,14 @@ def _transfers_measured(stopwatch: Stopwatch) -> Iterator[None]:
         # A pass cannot begin without what is received. What is sent along goes to the rank that this comes from.
         stage, kind, chunk = transfer = (received or transfers)[0]
         if received:
-            stopwatch.mark(stage, kind.replace("receive", "want"), chunk)
-        with stopwatch.measuring(stage, "communication", chunk):
+            observer.mark(stage, kind.replace("receive", "want"), chunk)
+        with observer.measuring(stage, "communication", chunk):
             works = _Works(begin(p2p_ops, desc))
         works.transfer = transfer
         return works
 
     def measured_wait(work: list[dist.Work]) -> None:
-        with stopwatch.measuring(*work.transfer) if isinstance(work, _Works) else nullcontext():
+        with observer.measuring(*work.transfer) if isinstance(work, _Works) else nullcontext():
             wait(work)
 
     schedules._batch_p2p, schedules._wait_batch_p2p = measured_begin, measured_wait
