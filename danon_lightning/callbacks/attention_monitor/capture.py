@@ -24,11 +24,18 @@ class Call(NamedTuple):
         args: Its arguments, tensors detached and cut to the first sequences.
         kwargs: Those by name.
         autocast: Device type, and dtype of autocast or ``None`` where it was off.
+        batch: Sequences before the cut.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     autocast: tuple[str, torch.dtype | None]
+    batch: int
+
+    @property
+    def streams(self) -> bool:
+        """Whether an argument is a mapping, as states of streaming forms are."""
+        return any(isinstance(x, Mapping) for x in (*self.args, *self.kwargs.values()))
 
 
 class _Unusable(Exception):
@@ -36,18 +43,27 @@ class _Unusable(Exception):
 
 
 class Recorder:
-    """Keeps how modules are called between ``start`` and ``stop``: the first time, and the newest time.
+    """Keeps the last call of modules between ``start`` and ``stop``, and of streams the first one before it.
 
-    Calls whose tensors have no data here (stages of a pipeline run with such) do not count.
+    Calls do not count whose tensors have no data here, or whose module in the end has no parameters here: stages of a
+    pipeline run with such, and to try a step out before it is made, with values that are made up. Such trials are why
+    it is the last call and not the first.
 
     Args:
+        root: The module that all others are part of.
         modules: The modules by name.
         sequences: Sequences to keep, the first ones; ``None``: all.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], sequences: int | None) -> None:
+    def __init__(self, root: nn.Module, modules: Mapping[str, nn.Module], sequences: int | None) -> None:
         """See the class."""
         self.modules, self.sequences = modules, sequences
+        # A module without parameters of its own lies where those around it do.
+        self._around: dict[str, nn.Module] = {}
+        for part in root.modules():
+            if next(part.parameters(), None) is not None:
+                inside = set(part.modules())
+                self._around |= {name: part for name, module in modules.items() if module in inside}
         self.calls: dict[str, list[Call]] = {}
         self._undo: list[Callable[[], None]] = []
 
@@ -66,9 +82,13 @@ class Recorder:
                 self._undo.append(partial(setattr, module, "_compiled_call_impl", compiled))
 
     def stop(self) -> None:
-        """Listen no longer."""
+        """Listen no longer, and drop calls of modules that another rank holds."""
         while self._undo:
             self._undo.pop()()
+        for name in list(self.calls):
+            around = self._around.get(name)
+            if around is not None and not all(_has_data(parameter) for parameter in around.parameters()):
+                del self.calls[name]
 
     def _hook(self, name: str) -> Callable[..., None]:
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -97,9 +117,8 @@ class Recorder:
             return
         kind = first.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        call = Call(args, kwargs, (kind, dtype))
-        # The newest takes the place of the one before.
-        self.calls[name] = [*self.calls.get(name, [])[:1], call]
+        call = Call(args, kwargs, (kind, dtype), batch)
+        self.calls[name] = [*(self.calls.get(name, [])[:1] if call.streams else []), call]
 
 
 def _has_data(x: Tensor) -> bool:

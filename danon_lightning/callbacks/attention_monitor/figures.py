@@ -9,7 +9,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["byte_tokens", "draw_map", "first_ids"]
+__all__ = ["byte_tokens", "draw_map", "find_ids"]
 
 _NAMED = {9: "\\t", 10: "\\n", 13: "\\r", 32: "␣"}
 
@@ -23,17 +23,17 @@ def byte_tokens(ids: Sequence[int]) -> list[str]:
     return [_NAMED.get(i) or (chr(i) if 32 < i < 127 else f"{i:02x}" if i < 256 else str(i)) for i in map(int, ids)]
 
 
-def first_ids(batch: Any) -> Tensor | None:
+def find_ids(batch: Any) -> Tensor | None:
     """Find token ids in a batch: its first integer tensor ``[b, n]``, that called ``input_ids`` if there is one.
 
     Returns:
-        The ids of the first sequence ``[n]``, or ``None``.
+        The ids ``[b, n]``, or ``None``.
     """
     if isinstance(batch, Mapping) and "input_ids" in batch:
         batch = batch["input_ids"]
     for x in _tensors(batch):
         if x.dim() == 2 and not x.is_floating_point() and not x.is_complex() and x.dtype != torch.bool:
-            return x[0]
+            return x
     return None
 
 

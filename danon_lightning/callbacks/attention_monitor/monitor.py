@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from danon_lightning.callbacks import logs
 from danon_lightning.callbacks.attention_monitor.capture import Call, Recorder, replaying
-from danon_lightning.callbacks.attention_monitor.figures import byte_tokens, draw_map, first_ids
+from danon_lightning.callbacks.attention_monitor.figures import byte_tokens, draw_map, find_ids
 from danon_lightning.callbacks.attention_monitor.protocol import summarise
 from danon_lightning.callbacks.health.finding import Finding
 
@@ -123,7 +123,7 @@ class AttentionMonitor(pl.Callback):
         elif getattr(pl_module, "_compiler_ctx", None) is not None:
             self._give_up("the whole LightningModule is compiled: compile the model inside of it instead")
         elif trainer.is_global_zero:
-            self._recorder = Recorder(_entries(pl_module, self._modules), self.sequences)
+            self._recorder = Recorder(pl_module, _entries(pl_module, self._modules), self.sequences)
 
     def _give_up(self, why: str) -> None:
         self._missing = list(self._modules)
@@ -139,7 +139,7 @@ class AttentionMonitor(pl.Callback):
         if self._recorder is None or step == self._seen_step or not logs.is_due(trainer, self.every_n_steps):
             return
         # Of several batches whose gradients are added up the first is enough.
-        self._seen_step, self._listening, self._ids = step, True, first_ids(batch)
+        self._seen_step, self._listening, self._ids = step, True, find_ids(batch)
         self._recorder.start()
 
     @override
@@ -218,7 +218,7 @@ class AttentionMonitor(pl.Callback):
             try:
                 numbers[layer] = summarise(found)
                 if layer in drawn:
-                    self._draw(trainer, layer, found, step)
+                    self._draw(trainer, layer, found, step, call[0].batch)
             except Exception as error:  # what a module tells may be anything
                 self._failed(layer, error)
         self.statistics = _read(numbers)
@@ -232,8 +232,8 @@ class AttentionMonitor(pl.Callback):
         for name in recorded.keys() - self._modules.keys():
             entry = self._recorder.modules[name]
             parts = {layer: part for layer, part in self._modules.items() if any(part is m for m in entry.modules())}
-            inner = Recorder(parts, None)
-            call = recorded[name][0]
+            inner = Recorder(entry, parts, None)
+            call = recorded[name][-1]
             inner.start()
             try:
                 with replaying([entry], call.autocast):
@@ -250,9 +250,8 @@ class AttentionMonitor(pl.Callback):
         """Ask a module. Of a streaming form the last chunk tells of the cache, and all else is told of the first."""
         module: nn.Module = self._modules[layer]
         found: dict[str, Any] = {}
-        streams = any(isinstance(x, Mapping) for x in (*calls[0].args, *calls[0].kwargs.values()))
         try:
-            for call in reversed(calls if streams else calls[:1]):
+            for call in reversed(calls):
                 with replaying([module], call.autocast):
                     found = {**found, **module.attention_statistics(*call.args, **call.kwargs)}  # type: ignore[operator]
         except Exception as error:  # somebody else's method, or too little memory for the weights
@@ -272,7 +271,7 @@ class AttentionMonitor(pl.Callback):
             rank_zero_warn(f"AttentionMonitor: {_not_shown(missing)}")
         self._missing = missing
 
-    def _draw(self, trainer: pl.Trainer, layer: str, found: Mapping[str, Any], step: int) -> None:
+    def _draw(self, trainer: pl.Trainer, layer: str, found: Mapping[str, Any], step: int, batch: int) -> None:
         weights, count = found.get("weights"), self.max_tokens
         routes = {name.removeprefix("route/"): x for name, x in found.items() if name.startswith("route/")}
         shown = weights if weights is not None else next(iter(routes.values()), None)
@@ -281,8 +280,9 @@ class AttentionMonitor(pl.Callback):
         heads = shown.shape[1]
         length = min(count, shown.shape[2])
         tokens = None
-        if self._ids is not None and len(self._ids) >= length:
-            tokens = self.tokens(self._ids[:length].tolist())
+        if self._ids is not None and self._ids.shape[1] >= length:
+            # The last call has the last sequences: all of them, or those of a micro-batch.
+            tokens = self.tokens(self._ids[max(0, len(self._ids) - batch), :length].tolist())
         chosen = ["mean"] if self.heads == "mean" else [head for head in self.heads if int(head) < heads]
         for head in chosen:
 

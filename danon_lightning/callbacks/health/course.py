@@ -1,4 +1,8 @@
-"""How a run went, as far as a callback can tell without others: the loss, the time, the learning rate."""
+"""How a run went, as far as a callback can tell without others: the loss, the time, the learning rate.
+
+Reference:
+    Mann & Whitney 1947, "On a Test of Whether one of Two Random Variables is Stochastically Larger than the Other".
+"""
 
 import math
 import time
@@ -16,8 +20,8 @@ __all__ = ["Course"]
 _LOSSES = 32
 # Batches at the start that are slower than all others: memory is allocated, kernels are chosen.
 _WARM_UP = 3
-# A fall by less than so many standard errors may be chance.
-_CERTAIN = 2.0
+# A fall that is less clear than so many standard deviations of the rank-sum test may be chance.
+_CERTAIN = 3.0
 _MUCH_VALIDATION = 0.3
 _LONG_WITHOUT_RATE = 0.1
 
@@ -102,11 +106,13 @@ class Course:
         if len(self._first) < _LOSSES or self.steps < 2 * _LOSSES:
             return []
         first, last = (torch.stack(part).double().cpu() for part in (self._first, self._last))
-        change, error = last.mean() - first.mean(), ((first.var() + last.var()) / _LOSSES).sqrt()
+        # How often one of the last is below one of the first; outliers, and how fast it fell, do not matter.
+        order = (first[:, None] - last).sign().sum() / 2
+        certainty = float(order) / math.sqrt(_LOSSES**2 * (2 * _LOSSES + 1) / 12)
         text = f"mean of the first {_LOSSES} batches {first.mean():.4g}, of the last {last.mean():.4g}"
-        if change < -_CERTAIN * error:
+        if certainty > _CERTAIN:
             return [Finding("note", "loss", f"it fell: {text}")]
-        if change > _CERTAIN * error:
+        if certainty < -_CERTAIN:
             return [Finding("warning", "loss", f"it rose: {text}", "lower the learning rate, or warm it up longer")]
         advice = "try a higher learning rate; look at what the gradients do (GradientMonitor); let it run longer"
         return [Finding("warning", "loss", f"it did not fall: {text}", advice)]
