@@ -36,14 +36,15 @@ class Guarded:
 
     Args:
         name: Who writes, for the warning: the name of the callback.
+        doing: What it could not do, for the warning.
 
     Attributes:
         failures: How many blocks have ended with an error.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, doing: str = "write what it has measured") -> None:
         """See the class."""
-        self.name = name
+        self.name, self.doing = name, doing
         self.failures = 0
 
     def __enter__(self) -> "Guarded":
@@ -59,8 +60,8 @@ class Guarded:
         self.failures += 1
         if self.failures == 1:
             text = (
-                f"{self.name} could not write what it has measured ({type(error).__name__}: {error}): training goes on, "
-                "later failures of this kind are not mentioned"
+                f"{self.name} could not {self.doing} ({type(error).__name__}: {error}): training goes on, later "
+                "failures of this kind are not mentioned"
             )
             try:
                 rank_zero_warn(text, stacklevel=4)
