@@ -90,7 +90,7 @@ def draw_map(
             start = start + share
         bars.set_xlim(0, max(float(start.max()), 1e-6))
         bars.set_ylim(count - 0.5, -0.5)
-        bars.set_xlabel("share of a way")
+        bars.set_xlabel("share by way")
         bars.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, 1.0 + 0.7 * len(routes) / (side + 1) / 3))
         _name(bars, "y", tokens if weights is None else None, count if weights is None else 0)
     return figure
