@@ -38,11 +38,12 @@ from danon_lightning.data import ByteTextDataModule
 from danon_lightning.models import DALALightning
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
+# Pages that paint in workers (#timeseries) are not ready when Chromium, in virtual time, takes them to be.
 # Name of the picture → what follows the address of TensorBoard, and width and height of the window.
 VIEWS = {
-    "gradients": ("?tagFilter=grad%2F#timeseries", 1500, 1000),
-    "performance": ("?tagFilter=performance%2F%28seconds%7Cstep%7Csamples%7Ctokens%29#timeseries", 1500, 1000),
-    "attention": ("?tagFilter=attention%2F%5B%5E%2F%5D*%24#timeseries", 1500, 1000),
+    "gradients": ("#scalars&tagFilter=grad%2Ftotal", 1500, 1000),
+    "performance": ("#scalars&tagFilter=performance%2F%28seconds%7Cstep%7Csamples%7Ctokens%29", 1500, 1000),
+    "attention": ("#scalars&tagFilter=attention%2F%5B%5E%2F%5D*%24", 1500, 1000),
     "custom_scalars": ("#custom_scalars", 1500, 1000),
     "maps": ("#images&tagFilter=attention", 1500, 1300),
     "heat_map": ("#images&tagFilter=grad", 1500, 1000),
