@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from danon_lightning.attention.config import AttentionConfig
+from danon_lightning.attention.statistics import LONGEST_MAP, has_past, visible_keys
 
 __all__ = ["AttentionCore", "State", "detach_state", "map_state", "observing"]
 
@@ -113,6 +114,66 @@ class AttentionCore(nn.Module, ABC):
             measured = measure()
         for values in asking:
             values[name] = measured
+
+    @torch.no_grad()
+    def attention_statistics(
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        key_padding_mask: Tensor | None = None,
+        state: State | None = None,
+    ) -> dict[str, Any]:
+        """Measure what ``forward`` attends to with these arguments, without dropout.
+
+        Args:
+            x: As in ``forward``, like all others.
+            q: Queries.
+            k: Keys.
+            v: Values.
+            key_padding_mask: True for real tokens.
+            state: A state that has seen tokens leaves little to be told: ``cache_hit_rate`` where there is a cache.
+
+        Returns:
+            ``visible_keys``: how many tokens a query may see ``[b, 1, n]``; and what of this the variant has:
+            ``tokens_read``, how many of them it reads one by one, and ``keys_read``, how many keys it reads, summaries
+            included, of a shape that broadcasts with ``[b, H, n]``; ``route/<name>``, the share of what it reads by
+            that way ``[b, H, n]``; ``weights``, the share of each token ``[b, H, m, m]``, of the first m = 1,024 tokens
+            (of a longer sequence only if causal), rows of real queries adding up to one; or under the name of a part
+            the same things of that part.
+        """
+        if state is not None and has_past(state):
+            return self._stream_statistics(q, k, v, key_padding_mask, state)
+        seen = visible_keys(q, causal=self.config.causal, key_padding_mask=key_padding_mask)
+        found: dict[str, Any] = {"visible_keys": seen, **self._statistics(x, q, k, v, key_padding_mask)}
+        if q.shape[-2] > LONGEST_MAP:
+            if not self.config.causal:
+                return found
+            # The past of the first tokens is the same in a shorter sequence.
+            x, q, k, v = x[:, :LONGEST_MAP], q[..., :LONGEST_MAP, :], k[..., :LONGEST_MAP, :], v[..., :LONGEST_MAP, :]
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask[:, :LONGEST_MAP]
+        weights = self._token_weights(x, q, k, v, key_padding_mask)
+        return found if weights is None else {**found, "weights": weights}
+
+    def _statistics(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None
+    ) -> dict[str, Any]:
+        """Return all of ``attention_statistics`` but ``visible_keys`` and ``weights``, for a whole sequence."""
+        return {}
+
+    def _token_weights(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None
+    ) -> Tensor | None:
+        """Return ``weights``, if they have a meaning for this variant; see ``attention_statistics``."""
+        return None
+
+    def _stream_statistics(
+        self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, state: State
+    ) -> dict[str, Any]:
+        """Return what can be told of a chunk that continues a sequence."""
+        return {}
 
     @property
     def dropout_p(self) -> float:

@@ -5,7 +5,7 @@ the core alone.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from danon_lightning.attention.core import AttentionCore, State
 from danon_lightning.attention.model import AttentionModel
 from danon_lightning.attention.registry import register_variant
 from danon_lightning.attention.rotary import apply_rotary, cell_positions
+from danon_lightning.attention.statistics import token_weights, visible_keys
 
 __all__ = ["FullAttention", "FullAttentionConfig", "FullAttentionModel", "full_attention"]
 
@@ -109,6 +110,22 @@ class FullAttention(AttentionCore):
             dropout_p=self.dropout_p,
         )
         return output, state
+
+    def _statistics(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None
+    ) -> dict[str, Any]:
+        """Tell that everything is read."""
+        everything = visible_keys(q, causal=self.config.causal, key_padding_mask=key_padding_mask)
+        return {"tokens_read": everything, "keys_read": everything}
+
+    def _token_weights(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+        """Return the weights of the softmax."""
+        positions = cell_positions(0, q.shape[-2], 1, q.device)
+        query, key = (apply_rotary(part, positions, self.config.rope_base) for part in (q, k))
+        causal = self.config.causal
+        return token_weights(
+            lambda values: full_attention(query, key, values, causal=causal, key_padding_mask=key_padding_mask), v
+        )
 
     @staticmethod
     def _extend(state: State, k: Tensor, v: Tensor, key_padding_mask: Tensor | None) -> State:

@@ -1,7 +1,8 @@
 """DALA as a variant of the model: its settings, its learned parts, its registration."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +18,7 @@ from danon_lightning.attention.dala.streaming import empty_state, stream_chunk
 from danon_lightning.attention.layers import keep_in_graph
 from danon_lightning.attention.model import AttentionModel, AttentionModelOutput
 from danon_lightning.attention.registry import register_variant
+from danon_lightning.attention.statistics import count_real, token_weights
 
 __all__ = ["DALAAttention", "DALAConfig", "DALAModel", "DALAOutput"]
 
@@ -167,17 +169,7 @@ class DALAAttention(AttentionCore):
             self._observe("router_logits", lambda: logits * temperature)
         memory_bias = logits[:, 0] if logits is not None and self.memory_size else None
         first = 0 if state is None else state["softmax"]["position"]
-        settings: dict[str, Any] = {
-            "log_importance": log_importance,
-            "block_size": self.config.block_size,
-            "distance_decay": self.log_distance_decay.exp(),
-            "window_width": self._window_width(first, x.shape[1]),
-            "importance_threshold": self.config.importance_threshold,
-            "recency": self.config.recency,
-            "rope_base": self.config.rope_base,
-            "key_padding_mask": key_padding_mask,
-            "dropout_p": self.dropout_p,
-        }
+        settings = self._settings(log_importance, first, key_padding_mask) | {"dropout_p": self.dropout_p}
         new_state: State = {}
         if state is None:
             output = dala_attention(q, k, v, memory_size=self.memory_size, memory_bias=memory_bias, **settings)
@@ -198,6 +190,55 @@ class DALAAttention(AttentionCore):
                 read = read * (2 * logits[:, -1].sigmoid()).to(read.dtype).unsqueeze(-1)
         self._observe("route_outputs", lambda: self._routes(q, k, v, output, memory_bias, read, settings))
         return (output if read is None else output + read), None if state is None else new_state
+
+    def _settings(self, log_importance: Tensor, first: int, key_padding_mask: Tensor | None) -> dict[str, Any]:
+        """Return the arguments of the softmax part, beside queries, keys, values and memory."""
+        return {
+            "log_importance": log_importance,
+            "block_size": self.config.block_size,
+            "distance_decay": self.log_distance_decay.exp(),
+            "window_width": self._window_width(first, log_importance.shape[1]),
+            "importance_threshold": self.config.importance_threshold,
+            "recency": self.config.recency,
+            "rope_base": self.config.rope_base,
+            "key_padding_mask": key_padding_mask,
+        }
+
+    def _attend(self, x: Tensor, q: Tensor, k: Tensor, key_padding_mask: Tensor | None) -> Callable[..., Any]:
+        """Return the softmax part as a function of the values."""
+        bias = self.router(x)[:, 0] if self.router is not None and self.memory_size else None
+        settings = self._settings(self.importance(x), 0, key_padding_mask)
+        return partial(dala_attention, q, k, memory_size=self.memory_size, memory_bias=bias, **settings)
+
+    def _statistics(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None
+    ) -> dict[str, Any]:
+        """Count the tokens of window and memory, and tell the share of each route.
+
+        That of the state is the norm of what is read from it over the sum of this and the norm of the softmax part.
+        """
+        output, stats = self._attend(x, q, k, key_padding_mask)(v, return_stats=True)
+        size, queries = self.config.block_size, torch.arange(q.shape[-2], device=q.device)
+        real = q.new_ones(q.shape[0], q.shape[-2], dtype=torch.bool) if key_padding_mask is None else key_padding_mask
+        window = count_real((queries // size - 1).clamp(min=0) * size, queries + 1, real)
+        memory = (stats.memory_tokens >= 0).sum(dim=-1)[:, queries // size]
+        read = ((window + memory) * real).unsqueeze(1)
+        routes = {"window": 1 - stats.memory_weight}
+        if self.memory_size:
+            routes["memory"] = stats.memory_weight
+        if self.recurrent is not None:
+            recalled = self.recurrent(x, q, k, v, key_padding_mask=key_padding_mask, state=None)[0]
+            if self.router is not None:
+                recalled = recalled * (2 * self.router(x)[:, -1].sigmoid()).to(recalled.dtype).unsqueeze(-1)
+            precise = torch.promote_types(output.dtype, torch.float32)
+            state, softmax = (part.to(precise).norm(dim=-1) for part in (recalled, output))
+            share = state / (state + softmax).clamp(min=torch.finfo(state.dtype).tiny)
+            routes = {name: part * (1 - share) for name, part in routes.items()} | {"state": share}
+        return {"tokens_read": read, "keys_read": read, **{f"route/{name}": part for name, part in routes.items()}}
+
+    def _token_weights(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+        """Return the weights of the softmax of window and memory: what the state gives is no mean of tokens."""
+        return token_weights(self._attend(x, q, k, key_padding_mask), v, at_once=v.shape[-1])
 
     def _window_width(self, first: int, count: int) -> Tensor:
         """Return the widths of the windows of the blocks that tokens belong to ``[H, blocks]``."""

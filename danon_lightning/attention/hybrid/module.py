@@ -220,6 +220,39 @@ class SuperHybridAttention(AttentionCore):
         )
         return mixed, None if state is None else new_state
 
+    def _statistics(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None
+    ) -> dict[str, Any]:
+        """Tell the weight of each component, and what each of them reads."""
+        found: dict[str, Any] = {}
+        for name, weight in zip(self.components, self._weights(x).unbind(1), strict=True):
+            found[f"route/{name}"] = weight
+        for name, component in self.by_name().items():
+            found[name] = component.attention_statistics(x, q, k, v, key_padding_mask=key_padding_mask)
+        return found
+
+    def _token_weights(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None
+    ) -> Tensor | None:
+        """Return those of the components, mixed by the gate, if all have some."""
+        mixed = torch.zeros((), dtype=v.dtype, device=v.device)
+        for component, weight in zip(self.by_name().values(), self._weights(x).unbind(1), strict=True):
+            weights = component._token_weights(x, q, k, v, key_padding_mask)
+            if weights is None:
+                return None
+            mixed = mixed + weights * weight.to(weights.dtype).unsqueeze(-1)
+        return mixed
+
+    def _stream_statistics(
+        self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, state: State
+    ) -> dict[str, Any]:
+        """Tell what each component can tell."""
+        found = {
+            name: component._stream_statistics(q, k, v, key_padding_mask, state[name])
+            for name, component in self.by_name().items()
+        }
+        return {name: part for name, part in found.items() if part}
+
     def _weights(self, x: Tensor) -> Tensor:
         """Return the weights of the components ``[b, components, H, n]``."""
         names, heads = list(self.components), self.config.num_heads

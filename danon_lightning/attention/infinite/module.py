@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from danon_lightning.attention.layers import NormalLinear, ZeroLinear
 from danon_lightning.attention.model import AttentionModel
 from danon_lightning.attention.msra.module import MSRAAttention, MSRAConfig
 from danon_lightning.attention.registry import register_variant
+from danon_lightning.attention.statistics import token_weights
 
 __all__ = ["InfiniteAttention", "InfiniteAttentionConfig", "InfiniteModel"]
 
@@ -168,7 +169,7 @@ class InfiniteAttention(AttentionCore):
         """Attend; see ``AttentionCore.forward``."""
         window_state = None if state is None else state["window"]
         near, window_state = self.window(x, q, k, v, key_padding_mask=key_padding_mask, state=window_state)
-        query, key = (q, k) if self.features is None else (self.features(q), self.features(k))
+        query, key = self._features(q, k)
         whole, memory = linear_memory(
             query,
             key,
@@ -177,10 +178,41 @@ class InfiniteAttention(AttentionCore):
             chunk_size=self.config.chunk_size,
             initial_state=None if state is None else state["memory"],
         )
-        gate = (self.gate(x) + FIRST_GATE).transpose(1, 2).sigmoid()
+        gate = self._gate(x)
         self._observe("memory_gate", lambda: gate)
         output = torch.lerp(near, whole, gate.to(near.dtype).unsqueeze(-1))
         return output, None if state is None else {"window": window_state, "memory": memory}
+
+    def _features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Return queries and keys of the memory."""
+        return (q, k) if self.features is None else (self.features(q), self.features(k))
+
+    def _gate(self, x: Tensor) -> Tensor:
+        """Return the share of the memory ``[b, H, n]``."""
+        gate: Tensor = (self.gate(x) + FIRST_GATE).transpose(1, 2).sigmoid()
+        return gate
+
+    def _statistics(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None
+    ) -> dict[str, Any]:
+        """Tell what the softmax part reads, and the share of the memory as one more route."""
+        gate, found = self._gate(x), self.window._statistics(x, q, k, v, key_padding_mask)
+        scaled = {name: part * (1 - gate) if name.startswith("route/") else part for name, part in found.items()}
+        return {**scaled, "route/memory": gate}
+
+    def _token_weights(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None
+    ) -> Tensor | None:
+        """Return the weights of both parts, mixed by the gate; the memory is a mean of tokens too."""
+        near = self.window._token_weights(x, q, k, v, key_padding_mask)
+        if near is None:
+            return None
+        query, key = self._features(q, k)
+        size = self.config.chunk_size
+        whole = token_weights(
+            lambda names: linear_memory(query, key, names, key_padding_mask=key_padding_mask, chunk_size=size)[0], v
+        )
+        return torch.lerp(near, whole, self._gate(x).to(near.dtype).unsqueeze(-1))
 
 
 class InfiniteModel(AttentionModel):

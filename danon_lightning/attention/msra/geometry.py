@@ -13,9 +13,15 @@ Reference:
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
+from danon_lightning.attention.statistics import count_real
+
 __all__ = ["Geometry"]
+
+# Queries for which cells are counted at once: the table of who sees what would be quadratic.
+COUNTED_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -105,3 +111,24 @@ class Geometry:
         if causal:
             return left
         return left | ((cells >= (below + 2) * step) & (cells < (block + 2) * size))
+
+    def count_seen(self, real: Tensor, level: int, *, causal: bool) -> Tensor:
+        """Count the cells of a level, of those with real tokens, that each real query sees.
+
+        Args:
+            real: True for real tokens ``[b, n]``, boolean.
+            level: The level.
+            causal: Whether only the past is visible.
+
+        Returns:
+            ``[b, 1, n]``, zero for queries that are padding.
+        """
+        length, span = real.shape[1], self.span(level)
+        starts = torch.arange(0, length, span, device=real.device)
+        filled = (count_real(starts, (starts + span).clamp(max=length), real) > 0).to(torch.float32)
+        cells = torch.arange(len(starts), device=real.device)
+        counts = []
+        for queries in torch.arange(length, device=real.device).split(COUNTED_AT_ONCE):
+            visible = self.visible(queries.unsqueeze(-1), cells, level, causal=causal)
+            counts.append(filled @ visible.to(filled.dtype).mT)
+        return (torch.cat(counts, dim=-1) * real).unsqueeze(1)

@@ -21,6 +21,7 @@ from danon_lightning.attention.msra.fusion import ConcatFusion, FeatureFusion, W
 from danon_lightning.attention.msra.geometry import Geometry
 from danon_lightning.attention.msra.streaming import empty_state, stream_chunk
 from danon_lightning.attention.registry import register_variant
+from danon_lightning.attention.statistics import token_weights
 
 __all__ = ["MSRAAttention", "MSRAConfig", "MSRAModel", "MSRAOutput"]
 
@@ -146,14 +147,32 @@ class MSRAAttention(AttentionCore):
         state: State | None = None,
     ) -> tuple[Tensor, State | None]:
         """Attend; see ``AttentionCore.forward``."""
-        level_bias = None
-        if self.level_bias is not None:
-            level_bias = self.level_bias(x).unflatten(-1, (-1, self.geometry.num_levels)).transpose(1, 2)
+        level_bias = self._level_bias(x)
         if (0 if state is None else state["position"]) + x.shape[1] > self.geometry.reach:
             self._leave_out_of_reach()
         if state is not None:
             return self._stream(x, q, k, v, level_bias, key_padding_mask, state)
-        attend: Callable[..., Any] = partial(
+        attend = self._attend(q, k, level_bias, key_padding_mask)
+        output = attend(v, value_maps=self.value_maps, feature_fusion=self._feature_fusion(x), dropout_p=self.dropout_p)
+        if self.fusion is None:
+            self._observe("attentions", lambda: token_weights(attend, v))
+        self._observe("level_weights", lambda: attend(v, return_stats=True)[1].level_weights)
+        if self.geometry.active_levels(x.shape[1]) == 1:
+            output = self._keep_unused(output, level_bias)
+        return output, None
+
+    def _level_bias(self, x: Tensor) -> Tensor | None:
+        """Return what is added to the logits of each level ``[b, H, n, L]``."""
+        if self.level_bias is None:
+            return None
+        bias: Tensor = self.level_bias(x).unflatten(-1, (-1, self.geometry.num_levels)).transpose(1, 2)
+        return bias
+
+    def _attend(
+        self, q: Tensor, k: Tensor, level_bias: Tensor | None, key_padding_mask: Tensor | None
+    ) -> Callable[..., Any]:
+        """Return the parallel form as a function of the values, which leaves the maps of the values aside."""
+        return partial(
             msra_attention,
             q,
             k,
@@ -167,13 +186,30 @@ class MSRAAttention(AttentionCore):
             causal=self.config.causal,
             key_padding_mask=key_padding_mask,
         )
-        output = attend(v, value_maps=self.value_maps, feature_fusion=self._feature_fusion(x), dropout_p=self.dropout_p)
+
+    def _statistics(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None
+    ) -> dict[str, Any]:
+        """Count cells, and tell the share of each level where there is one softmax."""
+        length, levels = q.shape[-2], self.geometry.active_levels(q.shape[-2])
+        real = q.new_ones(q.shape[0], length, dtype=torch.bool) if key_padding_mask is None else key_padding_mask
+        read = [self.geometry.count_seen(real, level, causal=self.config.causal) for level in range(levels)]
+        found: dict[str, Any] = {"tokens_read": read[0], "keys_read": torch.stack(read).sum(dim=0)}
         if self.fusion is None:
-            self._observe("attentions", lambda: attend(_names(v)))
-        self._observe("level_weights", lambda: attend(v, return_stats=True)[1].level_weights)
-        if self.geometry.active_levels(x.shape[1]) == 1:
-            output = self._keep_unused(output, level_bias)
-        return output, None
+            attend = self._attend(q, k, self._level_bias(x), key_padding_mask)
+            shares = attend(v, return_stats=True)[1].level_weights
+            for level in range(levels):
+                name = "tokens" if level == 0 else f"summaries_of_{self.geometry.span(level)}"
+                found[f"route/{name}"] = shares[..., level]
+        return found
+
+    def _token_weights(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None
+    ) -> Tensor | None:
+        """Return the weights of cells times the shares of tokens in them; there are none without a common softmax."""
+        if self.fusion is not None:
+            return None
+        return token_weights(self._attend(q, k, self._level_bias(x), key_padding_mask), v)
 
     def _stream(
         self,
@@ -223,12 +259,6 @@ class MSRAAttention(AttentionCore):
         """Give what only the upper levels use at least a zero gradient."""
         candidates: Sequence[Tensor | None] = (level_bias, self.pool_query, self.key_maps, self.value_maps)
         return keep_in_graph(output, *(tensor for tensor in candidates if tensor is not None))
-
-
-def _names(values: Tensor) -> Tensor:
-    """Return values that each name their token, and come back as its weight ``[b, G, n, n]``."""
-    identity = torch.eye(values.shape[2], dtype=values.dtype, device=values.device)
-    return identity.expand(*values.shape[:2], -1, -1)
 
 
 @functools.cache

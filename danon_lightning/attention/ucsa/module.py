@@ -17,9 +17,12 @@ from danon_lightning.attention.config import AttentionConfig
 from danon_lightning.attention.core import AttentionCore, State
 from danon_lightning.attention.model import AttentionModel, AttentionModelOutput
 from danon_lightning.attention.registry import register_variant
-from danon_lightning.attention.ucsa.cells import compensate_errors
+from danon_lightning.attention.statistics import token_weights
+from danon_lightning.attention.ucsa.cells import block_errors, compensate_errors
 from danon_lightning.attention.ucsa.functional import UCSAStats, ucsa_attention
-from danon_lightning.attention.ucsa.streaming import empty_state, stream_chunk
+from danon_lightning.attention.ucsa.layout import Layout
+from danon_lightning.attention.ucsa.statistics import count_read
+from danon_lightning.attention.ucsa.streaming import CacheHits, empty_state, stream_chunk
 
 __all__ = ["UCSAAttention", "UCSAConfig", "UCSAModel", "UCSAOutput"]
 
@@ -198,19 +201,7 @@ class UCSAAttention(AttentionCore):
         state: State | None = None,
     ) -> tuple[Tensor, State | None]:
         """Attend; see ``AttentionCore.forward``."""
-        config = self.config
-        settings: dict[str, Any] = {
-            "block_size": config.block_size,
-            "num_selected": config.num_selected(int(self.training_step) if config.sparsity_decay else 0),
-            "window_blocks": config.window_blocks,
-            "num_sinks": config.global_tokens,
-            "tree_levels": config.tree_levels,
-            "tree_factor": config.tree_factor,
-            "rope_base": config.rope_base,
-            "error_tolerance": config.error_tolerance,
-            "selection_bias": None if config.error_compensation is None else self._compensate,
-            "dropout_p": self.dropout_p,
-        }
+        config, settings = self.config, self._settings() | {"dropout_p": self.dropout_p}
         if state is None:
             output = ucsa_attention(q, k, v, causal=config.causal, key_padding_mask=key_padding_mask, **settings)
             settings["dropout_p"] = 0.0
@@ -226,8 +217,28 @@ class UCSAAttention(AttentionCore):
             self._observe("compression_info", lambda: stats().cell_weight)
             self._observe("block_errors", lambda: stats().block_errors)
             return output, None
-        cached = config.max_cache_size if config.enable_cache else 0
-        outputs = []
+        return self._stream(q, k, v, key_padding_mask, state, **settings)
+
+    def _settings(self) -> dict[str, Any]:
+        """Return the arguments that the parallel form and the stream share, beside tensors."""
+        config = self.config
+        return {
+            "block_size": config.block_size,
+            "num_selected": config.num_selected(int(self.training_step) if config.sparsity_decay else 0),
+            "window_blocks": config.window_blocks,
+            "num_sinks": config.global_tokens,
+            "tree_levels": config.tree_levels,
+            "tree_factor": config.tree_factor,
+            "rope_base": config.rope_base,
+            "error_tolerance": config.error_tolerance,
+            "selection_bias": None if config.error_compensation is None else self._compensate,
+        }
+
+    def _stream(
+        self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, state: State, **settings: Any
+    ) -> tuple[Tensor, State]:
+        """Attend piece by piece."""
+        config, outputs = self.config, []
         for start in range(0, q.shape[-2], config.chunk_size):
             here = slice(start, start + config.chunk_size)
             output, state = stream_chunk(
@@ -236,18 +247,77 @@ class UCSAAttention(AttentionCore):
                 v[:, :, here],
                 state,
                 key_padding_mask=None if key_padding_mask is None else key_padding_mask[:, here],
-                max_cache_size=cached,
+                max_cache_size=config.max_cache_size if config.enable_cache else 0,
                 eviction=config.cache_strategy,
                 **settings,
             )
             outputs.append(output)
         return torch.cat(outputs, dim=2), state
 
+    def _statistics(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None
+    ) -> dict[str, Any]:
+        """Count what is read, and tell the share of what is near, of selected blocks, and of summaries."""
+        config, settings = self.config, self._settings()
+        _, stats = ucsa_attention(
+            q, k, v, causal=config.causal, key_padding_mask=key_padding_mask, return_stats=True, **settings
+        )
+        layout = Layout(
+            config.block_size,
+            settings["num_selected"],
+            config.window_blocks,
+            config.global_tokens,
+            config.tree_levels,
+            config.tree_factor,
+            config.causal,
+        )
+        real = q.new_ones(q.shape[0], q.shape[-2], dtype=torch.bool) if key_padding_mask is None else key_padding_mask
+        read = count_read(stats.selected_blocks.long(), layout, real)
+        routes = {"near": stats.near_weight, "selected": stats.selected_weight, "summaries": stats.cell_weight}
+        return {**read, **{f"route/{name}": share for name, share in routes.items()}}
+
+    def _token_weights(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None
+    ) -> Tensor | None:
+        """Return the weights of the softmax, a summary counting in equal parts for its tokens.
+
+        With an ``error_tolerance`` there are none: what is selected then depends on the real values.
+        """
+        config, settings = self.config, self._settings()
+        if config.error_tolerance > 0:
+            return None
+        if settings["selection_bias"] is not None:
+            errors = block_errors(
+                v, block_size=config.block_size, num_sinks=config.global_tokens, key_padding_mask=key_padding_mask
+            )
+            settings["selection_bias"] = self._bias(errors)
+        return token_weights(
+            lambda values: ucsa_attention(
+                q, k, values, causal=config.causal, key_padding_mask=key_padding_mask, **settings
+            ),
+            v,
+            at_once=v.shape[-1],
+        )
+
+    def _stream_statistics(
+        self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, state: State
+    ) -> dict[str, Any]:
+        """Tell how many of the blocks that queries would select the cache still holds, if it is bounded."""
+        if self.config.enable_cache and self.config.max_cache_size is None:
+            return {}
+        hits = CacheHits()
+        self._stream(q, k, v, key_padding_mask, state, **self._settings(), hits=hits)
+        return {"cache_hit_rate": hits.rate} if hits.total else {}
+
     def _compensate(self, errors: Tensor) -> Tensor:
-        """Return the bonus of blocks that their summaries tell little of; in training, count the errors."""
+        """Return the bonus of blocks; in training, count the errors."""
         if self.training:
             moments = torch.stack([torch.ones_like(errors), errors, errors.square()]).flatten(1).sum(dim=1).detach()
             self._error_moments = moments if self._error_moments is None else self._error_moments + moments
+        return self._bias(errors)
+
+    def _bias(self, errors: Tensor) -> Tensor:
+        """Return the bonus of blocks that their summaries tell little of."""
         assert self.config.error_compensation is not None
         return compensate_errors(
             errors,

@@ -6,6 +6,7 @@ cache is still read as a summary, and never expanded.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
@@ -28,7 +29,38 @@ from danon_lightning.attention.ucsa.layout import Layout
 from danon_lightning.attention.ucsa.sources import Level, Sources, level_of
 from danon_lightning.attention.ucsa.sparse import sparse_attention
 
-__all__ = ["empty_state", "stream_chunk"]
+__all__ = ["CacheHits", "empty_state", "stream_chunk"]
+
+
+@dataclass
+class CacheHits:
+    """How many of the blocks that queries would select, had none been evicted, were still held.
+
+    Attributes:
+        held: Number of selections of blocks that were held, a scalar.
+        total: Number of all selections, a scalar.
+    """
+
+    held: Tensor | int = 0
+    total: Tensor | int = 0
+
+    @property
+    def rate(self) -> Tensor:
+        """The share of those held, a scalar."""
+        return torch.as_tensor(self.held / self.total)
+
+    def count(self, blocks: Tensor, slots: Tensor) -> None:
+        """Add selections.
+
+        Args:
+            blocks: What queries would select ``[N, R, n, k]``, -1 for none.
+            slots: Where each block lies in the cache ``[N, blocks]``, -1 for those that are gone.
+        """
+        if slots.shape[1] == 0:
+            return
+        places = slots.gather(1, blocks.long().clamp(min=0).flatten(1)).view_as(blocks)
+        self.held = self.held + ((blocks >= 0) & (places >= 0)).sum()
+        self.total = self.total + (blocks >= 0).sum()
 
 
 def empty_state(
@@ -93,6 +125,7 @@ def stream_chunk(
     max_cache_size: int | None = None,
     eviction: Eviction = "lru",
     dropout_p: float = 0.0,
+    hits: CacheHits | None = None,
 ) -> tuple[Tensor, State]:
     """Attend to what the state holds and to the chunk itself, causally.
 
@@ -123,6 +156,7 @@ def stream_chunk(
         eviction: Which block goes when the cache is full: that selected least recently by any query (``"lru"``), the
             oldest (``"fifo"``) or that selected least often (``"lfu"``).
         dropout_p: Probability of dropping an attention weight.
+        hits: If given, what a bounded cache still holds of what queries would select is added to it.
 
     Returns:
         The output ``[b, H, n, d]`` and the new state.
@@ -147,7 +181,7 @@ def stream_chunk(
         # What may be expanded changes when the stream comes to another block.
         first = num_sinks if start < num_sinks else start + block_size - (start - num_sinks) % block_size
         borders = [start, *range(first, stop, block_size), stop]
-    settings = (layout, rope_base, error_tolerance, selection_bias, max_cache_size, eviction, dropout_p)
+    settings = (layout, rope_base, error_tolerance, selection_bias, max_cache_size, eviction, dropout_p, hits)
     outputs = []
     for begin, end in zip(borders, borders[1:], strict=False):
         here = slice(begin - start, end - start)
@@ -172,6 +206,7 @@ def _step(
     max_cache_size: int | None,
     eviction: Eviction,
     dropout_p: float,
+    hits: CacheHits | None,
 ) -> tuple[Tensor, State]:
     """Attend with tokens between which nothing is evicted."""
     batch, heads, length, width = q.shape
@@ -232,6 +267,9 @@ def _step(
     )
     query = apply_rotary(q, positions, rope_base).mul(width**-0.5).unflatten(1, (groups, -1)).flatten(0, 1)
     attended = sparse_attention(query, sources, layout, start=start, dropout_p=dropout_p)
+    if hits is not None and slots is not None:
+        everything = sources._replace(levels=_levels(state["cells"], None, layout, groups))
+        hits.count(sparse_attention(query, everything, layout, start=start).blocks, slots)
     if max_cache_size is not None:
         state["cache"] = record_selection(cache, attended.blocks.unflatten(0, (batch, groups)), own, eviction)
     # The next query still has this block, or one after it, in its window.
