@@ -18,6 +18,7 @@ from fake_time import FakeTime, Kept, Manual, Timed, fit  # noqa: E402
 from plain_module import PlainModule, loader  # noqa: E402
 
 from danon_lightning.callbacks import CommunicationMonitor, PerformanceMonitor
+from danon_lightning.callbacks.communication_monitor import gradient_norm
 from danon_lightning.callbacks.communication_monitor.bubble import bubble_of
 from danon_lightning.callbacks.communication_monitor.gradient_norm import global_norm, squared_norms
 from danon_lightning.callbacks.communication_monitor.summary import (
@@ -166,7 +167,7 @@ def test_a_training_step_of_a_pipeline_is_shared_out():
     assert sum(take_out(seconds, "communication", "backward", 9.0).values()) == pytest.approx(61)
 
 
-def test_norms_of_gradients():
+def test_norms_of_gradients(monkeypatch):
     parameters = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(4).double())]
     parameters[0].grad, parameters[2].grad = torch.full((3,), 2.0), torch.full((4,), 3.0).double()
     squares = squared_norms(parameters)
@@ -180,7 +181,8 @@ def test_norms_of_gradients():
     # Two pipelines of two ranks; the second parameter is held by both of them.
     held = torch.tensor([[4.0, 9.0, -1.0], [4.0, 9.0, -1.0], [-1.0, 9.0, 16.0], [-1.0, 9.0, 16.0]])
     mesh = SimpleNamespace(pipeline_parallel_size=2, ranks_of_replica=lambda replica: [replica, 2 + replica])
-    staged = SimpleNamespace(mesh=mesh, root_device=torch.device("cpu"), all_gather=lambda squares: held)
+    monkeypatch.setattr(gradient_norm, "gather_tensors", lambda squares: list(held))
+    staged = SimpleNamespace(mesh=mesh, root_device=torch.device("cpu"))
     assert global_norm(SimpleNamespace(strategy=staged, world_size=4), held[0]) == pytest.approx(29**0.5)
 
 

@@ -9,6 +9,8 @@ import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
+from danon_lightning.callbacks.ranks import gather_tensors
+
 # Each rank has pieces of gradients, in forms of their own.
 _SHARDED = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
 
@@ -63,8 +65,8 @@ def global_norm(trainer: pl.Trainer, squares: Tensor) -> float:
     mesh: Any = getattr(trainer.strategy, "mesh", None)
     if getattr(mesh, "pipeline_parallel_size", 1) > 1:
         squares = squares.to(trainer.strategy.root_device)
-        rows = trainer.strategy.all_gather(squares).reshape(trainer.world_size, -1)
-        rows = rows[mesh.ranks_of_replica(0)]
+        every = gather_tensors(squares)
+        rows = torch.stack([every[rank] for rank in mesh.ranks_of_replica(0)])
         # What several stages share (tied embeddings) has the same gradient on all of them.
         holders = (rows != _ABSENT).long().argmax(dim=0, keepdim=True)
         squares = rows.gather(0, holders).squeeze(0)

@@ -28,9 +28,9 @@ from danon_lightning.callbacks.communication_monitor.summary import (
 )
 from danon_lightning.callbacks.health import Finding
 from danon_lightning.callbacks.performance_monitor.clocks import Clock
-from danon_lightning.callbacks.performance_monitor.gather import gather_rows
 from danon_lightning.callbacks.performance_monitor.pipeline_share import HasTimeline, split_training_step
 from danon_lightning.callbacks.performance_monitor.step_times import StepTimes, ends_step, in_steps
+from danon_lightning.callbacks.ranks import gather_numbers
 
 
 @runtime_checkable
@@ -212,7 +212,7 @@ class CommunicationMonitor(pl.Callback):
         if squares is None:
             squares = torch.full((sum(1 for _ in module.parameters()),), math.nan, device=strategy.root_device)
         norm = global_norm(trainer, squares)
-        rows = gather_rows(trainer, self._own(trainer, seconds, steps, exchange, bubble).row())
+        rows = gather_numbers(trainer, self._own(trainer, seconds, steps, exchange, bubble).row())
         if not steps:
             return
         nodes = max(1, trainer.num_nodes)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
 from danon_lightning.callbacks.health import Finding
-from danon_lightning.callbacks.performance_monitor.gather import mean
+from danon_lightning.callbacks.performance_monitor.averages import mean
 
 # Shares of a step from which on something should be done.
 _MUCH_EXPOSED = 0.2

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 import torch
-import torch.distributed as dist
 
 from danon_lightning.callbacks.health.finding import Finding
+from danon_lightning.callbacks.ranks import gather_texts
 
 __all__ = ["gather", "merge"]
 
@@ -24,20 +24,7 @@ def gather(findings: Sequence[Finding], device: torch.device) -> list[list[Findi
         findings: Those of this rank.
         device: Where tensors must be for the group to send them; the processor's memory if its backend is gloo.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return [list(findings)]
-    if dist.get_backend() == "gloo":
-        device = torch.device("cpu")  # it may not take others
-    text = _encode(findings)
-    own = torch.tensor([len(text)], dtype=torch.int64, device=device)
-    lengths = [torch.zeros_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(lengths, own)
-    longest = int(torch.cat(lengths).max())
-    padded = torch.zeros(longest, dtype=torch.uint8, device=device)
-    padded[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device)
-    texts = [torch.zeros_like(padded) for _ in lengths]
-    dist.all_gather(texts, padded)
-    return [_decode(part[: int(length)].cpu().numpy().tobytes()) for part, length in zip(texts, lengths, strict=True)]
+    return [_decode(text) for text in gather_texts(_encode(findings), device)]
 
 
 def _encode(findings: Sequence[Finding]) -> bytes:

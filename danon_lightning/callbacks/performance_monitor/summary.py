@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 
 from danon_lightning.callbacks.health import Finding
-from danon_lightning.callbacks.performance_monitor.gather import mean
+from danon_lightning.callbacks.performance_monitor.averages import mean
 from danon_lightning.callbacks.performance_monitor.parts import PARTS, PAUSES
 
 # Shares of a step from which on something should be done.
