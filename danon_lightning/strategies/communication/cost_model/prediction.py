@@ -100,7 +100,7 @@ def predict_exchange(
     if compressor is not None:
         clock.agree()
     leaving, inside = _bytes_of_nodes([message for bucket in messages for message in bucket], levels)
-    busiest = max(range(links.nodes), key=lambda node: leaving[node])
+    busiest = max(range(links.nodes), key=lambda node: (leaving[node], inside[node]))
     return Prediction(
         seconds=clock.now - (times[0] if times else 0.0),
         inter_node_bytes=leaving[busiest],

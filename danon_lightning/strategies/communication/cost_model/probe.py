@@ -76,10 +76,12 @@ def probe_links(
     probe = _Probe(Mesh(mesh.num_nodes, mesh.ranks_per_node, mesh.rank), torch.device(device), time_limit)
     # What ranks agree over must not be what has failed on one of them, and must outlast that.
     agreement = probe.group_of_all(3 * time_limit + 30)
+    start = time.perf_counter()
     try:
         findings = probe.run(message_bytes, pairwise)
     except Exception as error:  # whatever it is: training goes on without
-        findings = _Findings(mesh.num_nodes, failure=f"rank {mesh.rank}: {type(error).__name__}: {error}")
+        text = f"rank {mesh.rank}: {type(error).__name__}: {error}".splitlines()[0]
+        findings = _Findings(mesh.num_nodes, failure=text, failed_after=time.perf_counter() - start)
     try:
         links, failure = _agree(findings, mesh, torch.device(device), agreement)
     except Exception as error:  # a rank is gone; whatever comes next will say so
@@ -103,6 +105,7 @@ class _Findings:
 
     nodes: int
     failure: str = ""
+    failed_after: float = 0.0
     intra_latency: float = 0.0
     intra_per_byte: float = 0.0
     inter_latency: float = 0.0
@@ -123,12 +126,15 @@ def _agree(findings: _Findings, mesh: Mesh, device: torch.device, group: dist.Pr
     dist.all_reduce(agreed, dist.ReduceOp.MAX, group=group)
     failed, intra_latency, intra_per_byte, inter_latency, inter_per_byte, sockets, *matrix = agreed.tolist()
     if failed:
-        text = findings.failure.splitlines()[0].encode()[:_REASON_BYTES] if findings.failure else b""
-        mine = torch.tensor([*text.ljust(_REASON_BYTES, b"\0")], dtype=torch.uint8, device=device)
+        # The first failure is the cause of the others, which have waited in vain.
+        text = f"{findings.failed_after:09.3f}{findings.failure}" if findings.failure else ""
+        mine = torch.tensor(
+            [*text.encode()[:_REASON_BYTES].ljust(_REASON_BYTES, b"\0")], dtype=torch.uint8, device=device
+        )
         rows = [torch.empty_like(mine) for _ in range(mesh.world_size)]
         dist.all_gather(rows, mine, group=group)
         texts = [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in rows]
-        return None, next(text for text in texts if text)
+        return None, min(text for text in texts if text)[9:]
     size = mesh.num_nodes
     return Links(
         nodes=size,

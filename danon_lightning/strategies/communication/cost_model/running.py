@@ -23,7 +23,7 @@ _SMALLEST_RESIDUAL = 1e-4
 # Observations contradict one another if, of the last ones, more than this share is off the line that fits them best by
 # more than this part of what it says. So does a link that has just changed, for a while.
 _LAST = 16
-_TOLERATED_SHARE, _TOLERATED_ERROR = 0.35, 0.5
+_TOLERATED_SHARE, _TOLERATED_ERROR = 0.3, 0.5
 _LASTING = 16
 
 
@@ -46,8 +46,8 @@ class LinkEstimator:
         ValueError: If ``half_life`` is not positive.
 
     Reference:
-        Huber, "Robust Estimation of a Location Parameter", Annals of Mathematical Statistics 35(1), 1964; least absolute
-        deviations by reweighting: Schlossmacher, JASA 68(344), 1973.
+        Schlossmacher, "An Iterative Technique for Absolute Deviations Curve Fitting", JASA 68(344), 1973, for the line
+        that single outliers do not move.
     """
 
     def __init__(self, link: Link, *, half_life: float = 16.0) -> None:
