@@ -4,7 +4,12 @@
 :func:`best_all_reduce` compares the classic algorithms. :class:`LinkEstimator` keeps up with links that change.
 """
 
-from danon_lightning.strategies.communication.cost_model.coding import CodingCosts, coding_costs, forget_costs
+from danon_lightning.strategies.communication.cost_model.coding import (
+    CodingCosts,
+    agree_on_costs,
+    coding_costs,
+    forget_costs,
+)
 from danon_lightning.strategies.communication.cost_model.links import Link, Links
 from danon_lightning.strategies.communication.cost_model.prediction import Prediction, predict_exchange
 from danon_lightning.strategies.communication.cost_model.probe import probe_links
@@ -22,6 +27,7 @@ __all__ = [
     "LinkEstimator",
     "Links",
     "Prediction",
+    "agree_on_costs",
     "agree_on_link",
     "best_all_reduce",
     "coding_costs",

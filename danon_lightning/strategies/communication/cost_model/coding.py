@@ -3,9 +3,10 @@
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from danon_lightning.strategies.communication import kernels
@@ -68,6 +69,21 @@ def coding_costs(
         finally:
             torch.set_num_threads(threads)
     return _measured[key]
+
+
+def agree_on_costs(
+    costs: CodingCosts, group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu"
+) -> CodingCosts:
+    """The slowest rank's costs, the same on all ranks. Collective.
+
+    Args:
+        costs: This rank's.
+        group: Of the ranks; None for all.
+        device: Where numbers can be reduced: that of the group's backend.
+    """
+    agreed = torch.tensor(astuple(costs), dtype=torch.float64, device=device)
+    dist.all_reduce(agreed, dist.ReduceOp.MAX, group=group)
+    return CodingCosts(*agreed.tolist())
 
 
 def forget_costs() -> None:

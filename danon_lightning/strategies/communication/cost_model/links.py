@@ -21,9 +21,10 @@ class Link:
     Args:
         latency_seconds: α, from the moment of sending until the first byte can be used, software included.
         bytes_per_second: β, of payload, in each direction.
+        sending_seconds_per_byte: What a byte occupies the thread by that sends it: the system copies it.
 
     Raises:
-        ValueError: If the latency is negative, the bandwidth is not positive, or either is not finite.
+        ValueError: If a number is not finite, a time is negative, or the bandwidth is not positive.
 
     Reference:
         Hockney, "The communication challenge for MPP", Parallel Computing 20(3), 1994.
@@ -31,9 +32,14 @@ class Link:
 
     latency_seconds: float
     bytes_per_second: float
+    sending_seconds_per_byte: float = 0.0
 
     def __post_init__(self) -> None:
         """Check the ranges."""
+        if not 0 <= self.sending_seconds_per_byte < math.inf:
+            raise ValueError(
+                f"sending_seconds_per_byte={self.sending_seconds_per_byte} must be a finite number, not negative"
+            )
         if not 0 <= self.latency_seconds < math.inf:
             raise ValueError(f"latency_seconds={self.latency_seconds} must be a finite number of seconds, not negative")
         if not 0 < self.bytes_per_second < math.inf:
@@ -102,15 +108,16 @@ class Links:
     def from_json(cls, content: Mapping[str, Any]) -> "Links":
         """Read what :meth:`to_json` has written; keys it does not know (of the command that measured, say) are ignored.
 
-        ======================  ==================================================================================
+        ======================  ==========================================================================
         ``schema``              ``"danon-links"``
         ``version``             1; greater where older readers would misunderstand
         ``nodes``               number of nodes
         ``ranks_per_node``      ranks on each
-        ``intra``, ``inter``    ``{"latency_seconds": float, "bytes_per_second": float}`` or null
+        ``intra``, ``inter``    null, or the fields of :class:`Link`: ``latency_seconds``,
+                                ``bytes_per_second``, ``sending_seconds_per_byte`` (0 if it is missing)
         ``shared_memory``       true or false
         ``pairwise``            bytes a second from node (row) to node (column), or null
-        ======================  ==================================================================================
+        ======================  ==========================================================================
 
         Raises:
             ValueError: If it is something else, of a later version, incomplete, or out of range.
@@ -160,10 +167,14 @@ def check_bandwidths(matrix: tuple[tuple[float, ...], ...]) -> None:
 
 
 def _share(link: Link | None, exchanges: int) -> Link | None:
-    return None if link is None else Link(link.latency_seconds, link.bytes_per_second / exchanges)
+    return None if link is None else replace(link, bytes_per_second=link.bytes_per_second / exchanges)
 
 
 def _link(content: Mapping[str, Any] | None) -> Link | None:
     if content is None:
         return None
-    return Link(float(content["latency_seconds"]), float(content["bytes_per_second"]))
+    return Link(
+        float(content["latency_seconds"]),
+        float(content["bytes_per_second"]),
+        float(content.get("sending_seconds_per_byte", 0.0)),
+    )

@@ -1,8 +1,8 @@
 """How long an exchange takes: the communicator's own schedule, played through on links that are given by numbers.
 
-One rank stands for all: the busiest one, whose thread works on several messages in turns while others are on the wire.
-Messages, their order, and where they wait are those of the communicator and its collectives. So what overlaps there
-overlaps here, and what cannot, the first message's coding and the last one's transfer, does not.
+The ranks of one node stand for all. The thread of each works on several messages in turns while others are on the wire;
+messages, their order, and where a thread waits are those of the communicator and its collectives. So what overlaps
+there overlaps here, and what cannot, the first message's coding and the last one's transfer, does not.
 """
 
 from collections import deque
@@ -34,7 +34,7 @@ class Prediction:
         seconds: From the first bucket's being ready to the last mean.
         inter_node_bytes: Bytes that leave the node that sends most.
         intra_node_bytes: Bytes that the ranks of that node hand one another.
-        coding_seconds: Of ``seconds``, what the busiest rank computes and copies, hidden behind transfers or not.
+        coding_seconds: Of these, what the busiest rank computes, copies and sends, hidden behind transfers or not.
         steps: Transfers that follow one another, each with a latency of its own.
         exposed_seconds: From the last bucket's being ready to the last mean: what a step becomes longer by.
     """
@@ -102,12 +102,12 @@ def predict_exchange(
     leaving, inside = _bytes_of_nodes([message for bucket in messages for message in bucket], levels)
     busiest = max(range(links.nodes), key=lambda node: (leaving[node], inside[node]))
     return Prediction(
-        seconds=clock.now - (times[0] if times else 0.0),
+        seconds=max(clock.now) - (times[0] if times else 0.0),
         inter_node_bytes=leaving[busiest],
         intra_node_bytes=inside[busiest],
-        coding_seconds=clock.worked,
+        coding_seconds=max(clock.worked),
         steps=clock.steps,
-        exposed_seconds=clock.now - (times[-1] if times else 0.0),
+        exposed_seconds=max(clock.now) - (times[-1] if times else 0.0),
     )
 
 
@@ -115,30 +115,38 @@ _ENDED = object()
 
 
 class _Clock:
-    """Where the thread of the busiest rank is, and until when the wires of its node are taken."""
+    """Where the threads of a node's ranks are, and until when its wires are taken."""
 
     def __init__(self, links: Links, levels: Levels) -> None:
         self._links, self._levels = links, levels
-        self.now = self.worked = 0.0
+        self.now, self.worked = [0.0] * levels.inner, [0.0] * levels.inner
         self.steps = 0
         self._free = {"inter": 0.0, "intra": 0.0}
 
-    def work(self, seconds: float) -> None:
-        """Compute or copy."""
-        self.now += seconds
-        self.worked += seconds
+    def work(self, seconds: Sequence[float]) -> None:
+        """Each rank computes, copies or sends for so long."""
+        self.now = [now + more for now, more in zip(self.now, seconds, strict=True)]
+        self.worked = [worked + more for worked, more in zip(self.worked, seconds, strict=True)]
 
     def wait(self, until: float) -> None:
-        self.now = max(self.now, until)
+        self.now = [max(now, until) for now in self.now]
 
     def send(self, phase: Phase) -> float:
         """Post a transfer between outer ranks; returns when it has arrived."""
         self.steps += 1
-        arrivals = [
-            self._occupy("inter", self._links.inter, max(phase.leaving)),
-            self._occupy("intra", self._links.intra, max(phase.inside)),
-        ]
-        return max(arrivals)
+        arrivals = []
+        for wire, link, by_node in (
+            ("inter", self._links.inter, phase.leaving),
+            ("intra", self._links.intra, phase.inside),
+        ):
+            sizes = max(by_node, key=lambda ranks: sum(ranks))
+            if link is not None and sum(sizes):
+                # With one level several ranks of a node are one here.
+                threads = self._levels.outer_per_node
+                self.work([link.sending_seconds_per_byte * size / threads for size in sizes])
+                posted = max(now for now, size in zip(self.now, sizes, strict=True) if size)
+                arrivals.append(self._occupy(wire, link, sum(sizes), posted))
+        return max(arrivals, default=0.0)
 
     def hand_over(self, num_bytes: int, *, copied: bool) -> float:
         """Hand bytes to ranks of the same node; returns when they have come.
@@ -147,15 +155,16 @@ class _Clock:
             num_bytes: All of a node together.
             copied: Whether shared memory has to be filled with them. Otherwise they have been computed there.
         """
-        link = self._links.intra
-        if self._levels.inner == 1 or link is None:
-            return self.now
+        link, inner = self._links.intra, self._levels.inner
+        if inner == 1 or link is None:
+            return 0.0
         self.steps += 1
         if not self._links.shared_memory:
-            return self._occupy("intra", link, num_bytes)
+            self.work([link.sending_seconds_per_byte * num_bytes / inner] * inner)
+            return self._occupy("intra", link, num_bytes, max(self.now))
         if copied:
-            self.work(num_bytes / link.bytes_per_second)
-        return self.now + link.latency_seconds
+            self.work([num_bytes / link.bytes_per_second] * inner)
+        return max(self.now) + link.latency_seconds
 
     def agree(self) -> None:
         """One number of all ranks, reduced: a latency for each doubling."""
@@ -163,69 +172,55 @@ class _Clock:
             if link is not None and ranks > 1:
                 rounds = 2 * (ranks - 1).bit_length()
                 self.steps += rounds
-                self.now += rounds * link.latency_seconds
+                self.wait(max(self.now) + rounds * link.latency_seconds)
 
-    def _occupy(self, wire: str, link: Link | None, num_bytes: int) -> float:
-        if link is None or not num_bytes:
-            return self.now
-        self._free[wire] = max(self.now, self._free[wire]) + num_bytes / link.bytes_per_second
+    def _occupy(self, wire: str, link: Link, num_bytes: int, posted: float) -> float:
+        self._free[wire] = max(posted, self._free[wire]) + num_bytes / link.bytes_per_second
         return self._free[wire] + link.latency_seconds
 
 
 def _average(message: MessageTraffic, clock: _Clock, levels: Levels, costs: CodingCosts) -> Generator[None, None, None]:
     """A message's way, with a ``yield`` wherever its collective has one."""
-    inner, outer, row = levels.inner, levels.outer, message.row_numel
+    inner, outer = levels.inner, levels.outer
     portions = len(message.collected)
+
+    def work(per_element: float) -> None:
+        """On what each rank sums."""
+        clock.work([per_element * row for row in message.rows])
+
     for num_bytes in message.collected:
         arrival = clock.hand_over(num_bytes, copied=True)
         if inner > 1:
             yield
         clock.wait(arrival)
         if message.way in ("dense", "linear"):
-            clock.work(costs.add * inner * row / portions)
+            work(costs.add * inner / portions)
+    # What is to be done before the first transfer and after each, and in the end with every element.
+    after = [0.0] * len(message.phases)
     if message.way == "dense":
-        if outer > 1:
-            for phase, work in zip(message.phases, (costs.add * row, 0.0), strict=True):
-                arrival = clock.send(phase)
-                yield from _lag()
-                clock.wait(arrival)
-                clock.work(work)
-        per_element = costs.copy
+        before, finally_ = 0.0, costs.copy
+        after[:1] = [costs.add] * bool(after)
     elif message.way == "reduce":
-        terms = (costs.encode + costs.decode + costs.decode_add * (outer - 1)) / outer
-        clock.work((costs.encode + costs.add * (inner - 1)) * row)
-        for phase, work in zip(message.phases, (terms * row, 0.0), strict=True):
-            arrival = clock.send(phase)
-            yield from _lag(outer)
-            clock.wait(arrival)
-            clock.work(work)
-        per_element = costs.decode
+        before, finally_ = costs.encode + costs.add * (inner - 1), costs.decode
+        after[0] = (costs.decode + costs.decode_add * (outer - 1) + costs.encode) / outer
     elif message.way == "gather":
-        clock.work((costs.encode + costs.add * (inner - 1)) * row)
-        arrival = clock.send(message.phases[0])
-        yield from _lag(outer)
-        clock.wait(arrival)
-        per_element = costs.decode + costs.decode_add * (outer - 1)
+        before, finally_ = costs.encode + costs.add * (inner - 1), costs.decode + costs.decode_add * (outer - 1)
     else:
-        # The rounds share the work evenly: two products and an update of the residual, for low rank.
-        share = costs.encode * row / (len(message.phases) // 2 + 1 if message.phases else 1)
-        clock.work(share)
-        for number, phase in enumerate(message.phases):
-            arrival = clock.send(phase)
-            yield from _lag()
-            clock.wait(arrival)
-            clock.work(share * (number % 2))
-        per_element = costs.decode
+        # The rounds, of two transfers each, share the work: two products and an update of the residual, for low rank.
+        before, finally_ = costs.encode / (len(after) // 2 + 1), costs.decode
+        after[1::2] = [before] * (len(after) // 2)
+    work(before)
+    for phase, per_element in zip(message.phases, after, strict=True):
+        arrival = clock.send(phase)
+        for _ in range(IN_FLIGHT if outer > 1 else 0):
+            yield
+        clock.wait(arrival)
+        work(per_element)
     arrival = clock.hand_over(message.shared, copied=message.way == "linear")
     if inner > 1:
         yield
     clock.wait(arrival)
-    clock.work(per_element * message.numel)
-
-
-def _lag(outer: int = 2) -> Generator[None, None, None]:
-    for _ in range(IN_FLIGHT if outer > 1 else 0):
-        yield
+    clock.work([finally_ * message.numel] * inner)
 
 
 def _bytes_of_nodes(messages: Sequence[MessageTraffic], levels: Levels) -> tuple[list[int], list[int]]:
@@ -235,6 +230,6 @@ def _bytes_of_nodes(messages: Sequence[MessageTraffic], levels: Levels) -> tuple
         for node in range(levels.nodes):
             inside[node] += sum(message.collected) + message.shared
             for phase in message.phases:
-                leaving[node] += phase.leaving[node]
-                inside[node] += phase.inside[node]
+                leaving[node] += sum(phase.leaving[node])
+                inside[node] += sum(phase.inside[node])
     return leaving, inside

@@ -106,17 +106,14 @@ class _Findings:
     nodes: int
     failure: str = ""
     failed_after: float = 0.0
-    intra_latency: float = 0.0
-    intra_per_byte: float = 0.0
-    inter_latency: float = 0.0
-    inter_per_byte: float = 0.0
-    copies_to_sockets: bool = False
+    intra: tuple[float, float, float] = (0.0, 0.0, 0.0)  # latency, a byte of the node, a byte of the sending thread
+    inter: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    uses_sockets: bool = False
     pairwise: list[list[float]] = field(default_factory=list)
 
     def to_tensor(self, device: torch.device) -> Tensor:
         matrix = self.pairwise or [[0.0] * self.nodes for _ in range(self.nodes)]
-        numbers = [float(bool(self.failure)), self.intra_latency, self.intra_per_byte, self.inter_latency]
-        numbers += [self.inter_per_byte, float(self.copies_to_sockets)]
+        numbers = [float(bool(self.failure)), *self.intra, *self.inter, float(self.uses_sockets)]
         return torch.tensor(numbers + [value for row in matrix for value in row], dtype=torch.float64, device=device)
 
 
@@ -124,7 +121,8 @@ def _agree(findings: _Findings, mesh: Mesh, device: torch.device, group: dist.Pr
     """The links as the slowest rank has found them, or what has prevented that."""
     agreed = findings.to_tensor(device)
     dist.all_reduce(agreed, dist.ReduceOp.MAX, group=group)
-    failed, intra_latency, intra_per_byte, inter_latency, inter_per_byte, sockets, *matrix = agreed.tolist()
+    failed, *numbers = agreed.tolist()
+    intra, inter, (sockets, *matrix) = numbers[:3], numbers[3:6], numbers[6:]
     if failed:
         # The first failure is the cause of the others, which have waited in vain.
         text = f"{findings.failed_after:09.3f}{findings.failure}" if findings.failure else ""
@@ -139,9 +137,9 @@ def _agree(findings: _Findings, mesh: Mesh, device: torch.device, group: dist.Pr
     return Links(
         nodes=size,
         ranks_per_node=mesh.ranks_per_node,
-        intra=Link(intra_latency, 1 / intra_per_byte) if intra_per_byte else None,
-        inter=Link(inter_latency, 1 / inter_per_byte) if inter_per_byte else None,
-        shared_memory=bool(intra_per_byte) and not sockets,
+        intra=Link(intra[0], 1 / intra[1], intra[2]) if intra[1] else None,
+        inter=Link(inter[0], 1 / inter[1], inter[2]) if inter[1] else None,
+        shared_memory=bool(intra[1]) and not sockets,
         pairwise=tuple(tuple(1 / matrix[i * size + j] if i != j else 0.0 for j in range(size)) for i in range(size))
         if any(matrix)
         else None,
@@ -178,10 +176,10 @@ class _Probe:
             stats=CommunicationStats(),
         )
         if inner.size > 1:
-            findings.intra_latency, findings.intra_per_byte = self._measure_level(inner, message_bytes)
-            findings.copies_to_sockets = not isinstance(inner, SharedMemoryLevel)
+            findings.intra = self._measure_level(inner, message_bytes)
+            findings.uses_sockets = not isinstance(inner, SharedMemoryLevel)
         if outer.size > 1:
-            findings.inter_latency, findings.inter_per_byte = self._measure_level(outer, message_bytes)
+            findings.inter = self._measure_level(outer, message_bytes)
             if pairwise and self._spent < self._time_limit:
                 findings.pairwise = self._measure_pairs(outer, message_bytes)
         return findings
@@ -193,24 +191,39 @@ class _Probe:
         if self._control is not None:
             dist.destroy_process_group(self._control)
 
-    def _measure_level(self, level: Level, message_bytes: int) -> tuple[float, float]:
-        """Seconds of latency, and seconds for each byte that the ranks of a node send together."""
+    def _measure_level(self, level: Level, message_bytes: int) -> tuple[float, float, float]:
+        """Seconds of latency, for each byte that the ranks of a node send together, and of this thread for each of its
+        own.
+        """
         small = [self._timed(lambda: self._finish(self._start(level, _SMALL_BYTES))) for _ in range(_ALL_SMALL)]
         peers = level.size - 1
         # In whole rows that are about as long as those of the exchange.
         by_peer = math.ceil(message_bytes * min(peers, _MOST_MESSAGES) / peers)
         boxes = math.ceil(by_peer / LARGEST_MESSAGE_BYTES)
         row = math.ceil(by_peer / boxes)
-        streamed = self._repeat(lambda: self._stream(boxes, lambda: self._start(level, row), self._finish))
-        latency = statistics.median(small[_SMALL_WARM_UP:])
-        return latency, streamed[0] / (self._mesh.ranks_per_node * peers * boxes * row)
+        # Memory is filled while nothing else goes on. On CUDA sending occupies no thread but the device.
+        in_memory = isinstance(level, SharedMemoryLevel)
+        busy: list[float] = []
 
-    def _stream(self, count: int, start: Callable[[], T], finish: Callable[[T], None]) -> float:
-        """Do twice ``count`` transfers one after another, two at a time; returns the seconds of the second half.
+        def stream() -> float:
+            start = time.thread_time()
+            seconds = self._stream(boxes, lambda: self._start(level, row), self._finish, 1 if in_memory else _IN_FLIGHT)
+            busy.append(time.thread_time() - start)
+            return seconds
+
+        slowest, _ = self._repeat(stream)
+        sent = peers * boxes * row
+        thread = 0.0 if in_memory or self._device.type == "cuda" else statistics.median(busy) / (2 * sent)
+        return statistics.median(small[_SMALL_WARM_UP:]), slowest / (self._mesh.ranks_per_node * sent), thread
+
+    def _stream(
+        self, count: int, start: Callable[[], T], finish: Callable[[T], None], in_flight: int = _IN_FLIGHT
+    ) -> float:
+        """Do twice ``count`` transfers, so many at a time; returns the seconds of the second half.
 
         The first half fills what there is of buffers and token buckets on the way: what it takes says little.
         """
-        under_way = deque(start() for _ in range(min(_IN_FLIGHT, 2 * count)))
+        under_way = deque(start() for _ in range(in_flight))
         halfway, posted = 0.0, len(under_way)
         for finished in range(1, 2 * count + 1):
             finish(under_way.popleft())

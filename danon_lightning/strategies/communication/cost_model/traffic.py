@@ -42,12 +42,13 @@ class Phase:
     """One transfer between outer ranks.
 
     Attributes:
-        leaving: Bytes that leave each node for other ones, all its ranks together.
-        inside: Bytes that go from each node's ranks to others of the same node.
+        leaving: ``leaving[m][i]``: bytes that leave node m for other ones, sent by its inner rank i (if there is one
+            level, by all ranks of the node).
+        inside: The same for bytes that stay in the node.
     """
 
-    leaving: tuple[int, ...]
-    inside: tuple[int, ...]
+    leaving: tuple[tuple[int, ...], ...]
+    inside: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -56,19 +57,22 @@ class MessageTraffic:
 
     Attributes:
         way: How it is averaged.
-        numel: Elements that it averages.
-        row_numel: Of these, those that the busiest rank of a node sums over its node.
+        rows: Elements that each inner rank sums over its node.
         collected: Bytes, by portion, that the ranks of a node hand one another to be summed.
         phases: Transfers between outer ranks, in order.
         shared: Bytes that they hand one another as the result.
     """
 
     way: Literal["dense", "reduce", "gather", "linear"]
-    numel: int
-    row_numel: int
+    rows: tuple[int, ...]
     collected: tuple[int, ...]
     phases: tuple[Phase, ...]
     shared: int
+
+    @property
+    def numel(self) -> int:
+        """Elements that it averages."""
+        return sum(self.rows)
 
 
 @dataclass(frozen=True)
@@ -175,8 +179,7 @@ def _dense(message: Message, levels: Levels, itemsize: int, summed_itemsize: int
     rows = [count(row) for row in message.rows]
     return MessageTraffic(
         way="dense",
-        numel=sum(rows),
-        row_numel=max(rows),
+        rows=tuple(rows),
         collected=(_collected(message.rows, levels, itemsize),),
         phases=_sum_across(rows, levels, summed_itemsize),
         shared=(levels.inner - 1) * summed_itemsize * sum(rows),
@@ -196,8 +199,7 @@ def _coded(message: Message, levels: Levels, compressor: Compressor, itemsize: i
     rows = [count(row) for row in message.rows]
     return MessageTraffic(
         way="reduce" if message.kind == "reduce" else "gather",
-        numel=sum(rows),
-        row_numel=max(rows),
+        rows=tuple(rows),
         collected=(_collected(message.rows, levels, itemsize),),
         phases=phases,
         shared=(levels.inner - 1) * sum(row_offsets(row)[-1] for row in sizes),
@@ -210,8 +212,7 @@ def _linear(message: LinearMessage, levels: Levels, compressor: LinearCompressor
     rows = [sum(region.numel for region, _ in row) for row in message.regions]
     return MessageTraffic(
         way="linear",
-        numel=sum(rows),
-        row_numel=max(rows),
+        rows=tuple(rows),
         collected=tuple(_collected(fragment, levels, itemsize) for fragment in message.fragments),
         phases=tuple(phase for phases in rounds for phase in phases),
         shared=(levels.inner - 1) * 4 * sum(codes),
@@ -250,19 +251,24 @@ def _sum_across(rows: Sequence[int], levels: Levels, itemsize: int) -> tuple[Pha
 
 
 def _all_to_all(sizes: Sequence[Sequence[int]], levels: Levels) -> Phase:
-    """Everybody sends ``sizes[l][o]`` bytes to outer rank o."""
-    by_node, total, ranks = _by_node(sizes, levels), sum(map(sum, sizes)), levels.outer_per_node
-    return Phase(tuple(ranks * (total - mine) for mine in by_node), tuple((ranks - 1) * mine for mine in by_node))
-
-
-def _all_gather(sizes: Sequence[Sequence[int]], levels: Levels) -> Phase:
-    """Outer rank o sends ``sizes[l][o]`` bytes to all others."""
-    by_node, ranks = _by_node(sizes, levels), levels.outer_per_node
+    """Everybody sends ``sizes[i][o]`` bytes to outer rank o."""
+    by_node, ranks, totals = _by_node(sizes, levels), levels.outer_per_node, [sum(row) for row in sizes]
     return Phase(
-        tuple((levels.outer - ranks) * mine for mine in by_node), tuple((ranks - 1) * mine for mine in by_node)
+        tuple(tuple(ranks * (total - own) for own, total in zip(mine, totals, strict=True)) for mine in by_node),
+        tuple(tuple((ranks - 1) * own for own in mine) for mine in by_node),
     )
 
 
-def _by_node(sizes: Sequence[Sequence[int]], levels: Levels) -> list[int]:
+def _all_gather(sizes: Sequence[Sequence[int]], levels: Levels) -> Phase:
+    """Outer rank o sends ``sizes[i][o]`` bytes to all others."""
+    by_node, ranks = _by_node(sizes, levels), levels.outer_per_node
+    return Phase(
+        tuple(tuple((levels.outer - ranks) * own for own in mine) for mine in by_node),
+        tuple(tuple((ranks - 1) * own for own in mine) for mine in by_node),
+    )
+
+
+def _by_node(sizes: Sequence[Sequence[int]], levels: Levels) -> list[list[int]]:
+    """What the outer ranks of each node have of ``sizes``, by inner rank."""
     ranks = levels.outer_per_node
-    return [sum(sum(row[at : at + ranks]) for row in sizes) for at in range(0, levels.outer, ranks)]
+    return [[sum(row[at : at + ranks]) for row in sizes] for at in range(0, levels.outer, ranks)]
