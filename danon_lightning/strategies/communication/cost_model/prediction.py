@@ -135,12 +135,11 @@ class _Clock:
         """Post a transfer between outer ranks; returns when it has arrived."""
         self.steps += 1
         arrivals = []
-        for wire, link, by_node in (
-            ("inter", self._links.inter, phase.leaving),
-            ("intra", self._links.intra, phase.inside),
+        for wire, link, sizes in (
+            ("inter", self._links.inter, max(phase.leaving, key=_total)),
+            ("intra", self._links.intra, max(phase.inside, key=_total)),
         ):
-            sizes = max(by_node, key=lambda ranks: sum(ranks))
-            if link is not None and sum(sizes):
+            if link is not None and any(sizes):
                 # With one level several ranks of a node are one here.
                 threads = self._levels.outer_per_node
                 self.work([link.sending_seconds_per_byte * size / threads for size in sizes])
@@ -221,6 +220,10 @@ def _average(message: MessageTraffic, clock: _Clock, levels: Levels, costs: Codi
         yield
     clock.wait(arrival)
     clock.work([finally_ * message.numel] * inner)
+
+
+def _total(sizes: tuple[int, ...]) -> int:
+    return sum(sizes)
 
 
 def _bytes_of_nodes(messages: Sequence[MessageTraffic], levels: Levels) -> tuple[list[int], list[int]]:

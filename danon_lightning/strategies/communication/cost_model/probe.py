@@ -30,7 +30,10 @@ MESSAGE_BYTES = 4 << 20
 _MOST_MESSAGES = 4
 _SMALL_BYTES = 64
 _SMALL_WARM_UP, _SMALL_REPEATS = 5, 25
-_WARM_UP, _REPEATS = 1, 5
+# Of a stream only what follows its first part is timed: that fills buffers and token buckets on the way.
+_PARTS = 3
+# A stream is repeated, a slow one less often than a fast one: that takes longer than whatever else disturbs it.
+_LEAST_REPEATS, _MOST_REPEATS, _ENOUGH_SECONDS = 2, 7, 2.0
 # Boxes that are under way at once, as in the exchange.
 _IN_FLIGHT = 2
 _REASON_BYTES = 256
@@ -56,8 +59,8 @@ def probe_links(
         mesh: Layout of the ranks; how they share out replicas does not matter. The default process group must be
             initialised.
         device: Where gradients lie: "cpu" measures gloo (and memory, where ranks of a node share it), "cuda" nccl.
-        time_limit: Seconds after which an operation that has not ended has failed, and after which nothing more is
-            measured than there must be. (On CUDA torch's own watchdog ends an operation that hangs, and the process.)
+        time_limit: Seconds after which an operation that has not ended has failed, and after which measuring every two
+            nodes is not begun. (On CUDA torch's own watchdog ends an operation that hangs, and the process.)
         message_bytes: What a rank sends to each peer at a time; less with more than four peers.
         pairwise: Whether to measure the links between any two nodes too, one after another.
 
@@ -207,32 +210,29 @@ class _Probe:
 
         def stream() -> float:
             start = time.thread_time()
-            seconds = self._stream(boxes, lambda: self._start(level, row), self._finish, 1 if in_memory else _IN_FLIGHT)
+            first = self._stream(boxes, lambda: self._start(level, row), self._finish, 1 if in_memory else _IN_FLIGHT)
             busy.append(time.thread_time() - start)
-            return seconds
+            return first
 
         slowest, _ = self._repeat(stream)
         sent = peers * boxes * row
-        thread = 0.0 if in_memory or self._device.type == "cuda" else statistics.median(busy) / (2 * sent)
+        thread = 0.0 if in_memory or self._device.type == "cuda" else statistics.median(busy) / (_PARTS * sent)
         return statistics.median(small[_SMALL_WARM_UP:]), slowest / (self._mesh.ranks_per_node * sent), thread
 
     def _stream(
         self, count: int, start: Callable[[], T], finish: Callable[[T], None], in_flight: int = _IN_FLIGHT
     ) -> float:
-        """Do twice ``count`` transfers, so many at a time; returns the seconds of the second half.
-
-        The first half fills what there is of buffers and token buckets on the way: what it takes says little.
-        """
+        """Do :data:`_PARTS` times ``count`` transfers, so many at a time; returns when the first part had ended."""
         under_way = deque(start() for _ in range(in_flight))
-        halfway, posted = 0.0, len(under_way)
-        for finished in range(1, 2 * count + 1):
+        timed_from, posted = 0.0, len(under_way)
+        for finished in range(1, _PARTS * count + 1):
             finish(under_way.popleft())
             if finished == count:
-                halfway = self._now()
-            if posted < 2 * count:
+                timed_from = self._now()
+            if posted < _PARTS * count:
                 under_way.append(start())
                 posted += 1
-        return self._now() - halfway
+        return timed_from
 
     def _start(self, level: Level, row_bytes: int) -> Box:
         box = level.all_to_all([row_bytes] * level.size)
@@ -264,8 +264,9 @@ class _Probe:
             peer = _partner(me, turn, nodes)
 
             stream = partial(self._stream_pairwise, outer, peer, boxes, sent, received)
-            _, own = self._repeat(stream)
+            _, seconds = self._repeat(stream)
             if peer is not None:
+                own = statistics.median(nodes[self._mesh.node] for nodes in seconds)
                 matrix[peer][me] = own / (self._mesh.ranks_per_node * boxes * row)
         return matrix
 
@@ -273,7 +274,7 @@ class _Probe:
         self, outer: GroupLevel, peer: int | None, boxes: int, sent: Tensor, received: Tensor
     ) -> float:
         if peer is None:
-            return 0.0
+            return self._now()
         rank, slots = outer.ranks[peer], itertools.cycle(range(_IN_FLIGHT))
 
         def start() -> list[dist.Work]:
@@ -292,22 +293,25 @@ class _Probe:
 
         return self._stream(boxes, start, finish)
 
-    def _repeat(self, operation: Callable[[], float]) -> tuple[float, float]:
-        """Median seconds of an operation, on the slowest rank and on this one.
+    def _repeat(self, stream: Callable[[], float]) -> tuple[float, list[list[float]]]:
+        """Median seconds for one part of a stream, on the slowest node; and by repetition and node.
 
-        All ranks begin at once, and repeat it equally often. It returns its seconds itself.
+        All ranks begin at once, and repeat it equally often. ``stream`` returns when its first part had ended.
         """
-        slowest: list[float] = []
-        own: list[float] = []
-        while len(own) < _WARM_UP + 1 or (len(own) < _WARM_UP + _REPEATS and self._spent < self._time_limit / 2):
+        by_node: list[list[float]] = []
+        ranks = self._mesh.ranks_per_node
+        began = self._spent
+        while len(by_node) < _LEAST_REPEATS or (len(by_node) < _MOST_REPEATS and self._spent - began < _ENOUGH_SECONDS):
             dist.barrier(self._control)
             start = self._now()
-            own.append(operation())
-            longest = torch.tensor([own[-1], self._now() - start], dtype=torch.float64, device=self._device)
-            dist.all_reduce(longest, dist.ReduceOp.MAX, group=self._control)
-            slowest.append(float(longest[0]))
-            self._spent += float(longest[1])
-        return statistics.median(slowest[_WARM_UP:]), statistics.median(own[_WARM_UP:])
+            times = torch.tensor([stream() - start, self._now() - start], dtype=torch.float64, device=self._device)
+            rows = [torch.empty_like(times) for _ in range(self._mesh.world_size)]
+            dist.all_gather(rows, times, group=self._control)
+            first, whole = (column.view(-1, ranks) for column in torch.stack(rows).unbind(1))
+            # Ranks share a link unevenly, so that one is late with its first part, and another one with the rest.
+            by_node.append(((whole.amax(dim=1) - first.mean(dim=1)) / (_PARTS - 1)).tolist())
+            self._spent += float(whole.max())
+        return statistics.median(max(nodes) for nodes in by_node), by_node
 
     def _timed(self, operation: Callable[[], None]) -> float:
         start = self._now()
