@@ -17,6 +17,7 @@ from danon_lightning.benchmark.json_file import write_json
 from danon_lightning.benchmark.links.exchanges import EXCHANGES
 from danon_lightning.benchmark.links.job import WARMUP_STEPS, Outcome, Plan, measure
 from danon_lightning.benchmark.links.report import (
+    LEGEND,
     algorithm_line,
     check_line,
     check_table,
@@ -219,7 +220,7 @@ def _report(
         console.print(line, soft_wrap=True)
     if outcome.checks:
         console.print(check_table(outcome.checks, f"{title}, {args.elements_m:g} M float32 gradients"))
-        console.print(check_line(outcome.checks), "", sep="\n")
+        console.print(LEGEND, check_line(outcome.checks), "", sep="\n", soft_wrap=True)
     if args.json:
         arguments = {
             "nodes": nodes,

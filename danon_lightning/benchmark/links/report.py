@@ -10,6 +10,11 @@ from danon_lightning.strategies.communication.cost_model import Link, Links, bes
 
 # How far off a prediction may be.
 TARGET = 0.15
+LEGEND = """\
+s          median exchange on the slowest rank, measured
+predicted  by the cost model; the error is its share of what was measured
+coding     of the prediction, what the busiest rank computes, copies and sends, hidden behind transfers or not
+MB         left a node in an exchange, by the ranks' own count"""
 _SIZES = (1 << 10, 1 << 16, 1 << 20, 1 << 26)
 
 
@@ -50,18 +55,18 @@ def check_table(checks: Sequence[Check], title: str) -> Table:
     """Predicted and measured."""
     table = Table(title=title, title_justify="left")
     table.add_column("exchange", no_wrap=True)
-    for heading in ("predicted, s", "measured, s", "error", "coding, s", "MB predicted", "MB counted"):
-        table.add_column(heading, justify="right")
+    for heading in ("s", "predicted", "error", "coding", "MB", "predicted"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for check in checks:
         colour = "" if abs(check.error) <= TARGET else "[yellow]"
         table.add_row(
             check.exchange,
-            f"{check.predicted.seconds:.3f}",
             f"{check.seconds:.3f}",
+            f"{check.predicted.seconds:.3f}",
             f"{colour}{check.error:+.0%}",
             f"{check.predicted.coding_seconds:.3f}",
-            f"{check.predicted.inter_node_bytes / 1e6:.4g}",
             "-" if check.inter_node_bytes is None else f"{check.inter_node_bytes / 1e6:.4g}",
+            f"{check.predicted.inter_node_bytes / 1e6:.4g}",
         )
     return table
 
