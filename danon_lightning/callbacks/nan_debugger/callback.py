@@ -25,7 +25,7 @@ from danon_lightning.callbacks.nan_debugger.recommendations import Circumstances
 from danon_lightning.callbacks.nan_debugger.report import RankFinding, Report, conclude, with_bundle, with_outcome
 from danon_lightning.callbacks.nan_debugger.response import Response
 from danon_lightning.callbacks.nan_debugger.step_reader import ParameterNames, StepReader, learning_rate, weights_of
-from danon_lightning.callbacks.nan_debugger.thresholds import NumericLimits, Watch
+from danon_lightning.callbacks.nan_debugger.thresholds import NumericLimits, Watch, describe
 from danon_lightning.callbacks.nan_debugger.verdict import judge
 
 # The numbers of so many bad steps are remembered.
@@ -267,7 +267,9 @@ class NaNDebugger(pl.Callback):
         if more > 0:
             text = f"{more} more steps were not finite; {self._response.skips.total} were skipped"
             found.append(Finding("error", "steps that are not finite", text))
-        found += [Finding("warning", "gradients and weights", text, advice) for text, advice in self._odd.items()]
+        for kind, advice in self._odd.items():
+            text = describe(tuple(self._watch.worst[kind].values()))
+            found.append(Finding("warning", "weights" if kind == "weight" else "gradients", text, advice))
         if not found and self.history.steps:
             found.append(Finding("note", "gradients", "all losses and gradients were finite"))
         return found
@@ -312,14 +314,13 @@ class NaNDebugger(pl.Callback):
         odd = self._watch.look(step, reading)
         self._note_history(step, reading, optimizer)
         if odd:
-            advice = advice_for([one.kind for one in odd], self._circumstances(trainer))
-            self._odd |= {str(one): advice for one in odd if len(self._odd) < _REMEMBERED}
-            text = "; ".join(map(str, odd[:5])) + (f" and {len(odd) - 5} more" if len(odd) > 5 else "")
-            self._display.warn(f"step {step}: {text}. Try: {advice}.")
-            for one in odd:
-                self._display.event(
-                    one.kind, step=step, parameter=one.parameter, value=one.value, usual=one.usual, advice=advice
-                )
+            advice = advice_for(tuple(odd), self._circumstances(trainer))
+            self._odd |= {kind: advice[kind] for kind in odd if kind not in self._odd}
+            text = "; ".join(map(describe, odd.values()))
+            self._display.warn(f"step {step}: {text}. Try: {'; '.join(advice.values())}.")
+            for one in (one for those in odd.values() for one in those):
+                facts = {"value": one.value, "usual": one.usual, "advice": advice[one.kind]}
+                self._display.event(one.kind, own=False, step=step, parameter=one.parameter, **facts)
         for name in self._response.after_healthy(module):
             self._display.event("fallback_ended", step=step, module=name)
 

@@ -72,6 +72,26 @@ class History:
         kept = self._norms[: len(self.steps)]
         return np.roll(kept, -self._next, axis=0) if len(self.steps) == self.size else kept
 
+    def medians(self, names: tuple[str, ...], least: int) -> NDArray[np.float64]:
+        """Median norm of each of the parameters, ``[parameters]``.
+
+        Args:
+            names: Which parameters.
+            least: NaN where fewer steps are known (fewer than all, if the history is shorter than that).
+        """
+        columns = self.columns(names)
+        norms = self.norms()[:, columns]
+        known = np.isfinite(norms).sum(0) >= min(least, self.size)
+        medians = np.full(len(names), np.nan)
+        if known.any():
+            medians[known] = np.nanmedian(norms[:, known], axis=0)
+        return medians
+
+    def median_total(self) -> float:
+        """Median norm of all gradients together, NaN if no step is known."""
+        known = [norm for norm in self.total_norms if np.isfinite(norm)]
+        return float(np.median(known)) if known else float("nan")
+
     def clear(self) -> None:
         """Forget everything."""
         self.__init__(self.size)  # type: ignore[misc]

@@ -167,18 +167,16 @@ def _or_clip(now: Circumstances) -> str:
     return "." if now.clips else ", and clip gradients: Trainer(gradient_clip_val=1.0)."
 
 
-def advice_for(kinds: Sequence[str], now: Circumstances) -> str:
-    """What to try against gradients and weights that are odd but finite.
+def advice_for(kinds: Sequence[str], now: Circumstances) -> dict[str, str]:
+    """What to try against gradients and weights that are odd but finite, by kind.
 
     Args:
         kinds: Of :class:`~danon_lightning.callbacks.nan_debugger.thresholds.Oddity`.
         now: What else is known.
     """
-    found = []
-    if "explosion" in kinds:
-        found.append(f"lower the learning rate ({now.learning_rate:.3g})" + _or_clip(now).rstrip("."))
-    if "vanishing" in kinds:
-        found.append("see whether the loss reaches these parameters: a detach, a saturated activation, a dead branch")
-    if "weight" in kinds:
-        found.append("add weight decay, or lower the learning rate")
-    return "; ".join(found)
+    all_kinds = {
+        "explosion": f"lower the learning rate ({now.learning_rate:.3g})" + _or_clip(now).rstrip("."),
+        "vanishing": "see whether the loss reaches these parameters: a detach, a saturated activation, a dead branch",
+        "weight": "add weight decay, or lower the learning rate",
+    }
+    return {kind: all_kinds[kind] for kind in kinds}

@@ -20,7 +20,7 @@ from danon_lightning.callbacks.nan_debugger.agreement import gather, has_equal_g
 from danon_lightning.callbacks.nan_debugger.batches import StepBatches, bad_leaves
 from danon_lightning.callbacks.nan_debugger.buffers import BufferCopies
 from danon_lightning.callbacks.nan_debugger.bundle import read_bundle
-from danon_lightning.callbacks.nan_debugger.check import Reading, not_finite, read
+from danon_lightning.callbacks.nan_debugger.check import not_finite, read
 from danon_lightning.callbacks.nan_debugger.guesses import blame_of_optimizer, from_gradients
 from danon_lightning.callbacks.nan_debugger.higher_precision import HigherPrecision
 from danon_lightning.callbacks.nan_debugger.history import History
@@ -28,7 +28,6 @@ from danon_lightning.callbacks.nan_debugger.origin import Origin, TensorStatisti
 from danon_lightning.callbacks.nan_debugger.policies import ScalerWatch
 from danon_lightning.callbacks.nan_debugger.recommendations import Circumstances, recommend
 from danon_lightning.callbacks.nan_debugger.report import RankFinding, conclude
-from danon_lightning.callbacks.nan_debugger.thresholds import Watch
 from danon_lightning.strategies import DanonHybridStrategy
 
 # ---- the check
@@ -115,18 +114,6 @@ def test_the_history_is_a_ring():
                 expected = rows[kept].get(name, np.nan)
                 assert column == expected or (np.isnan(column) and not np.isfinite(expected))
     assert np.isnan(history.total_norms[1]) and history.losses == [7.0, 8.0, 9.0, 10.0]
-
-
-def test_limits_follow_the_median_and_say_so_once_in_a_window():
-    history = History(50)
-    watch = Watch(NumericLimits(explosion=None, explosion_factor=10.0, vanishing=None, window=20), history)
-    said = []
-    for step in range(120):
-        norm = 50.0 if step in (5, 60, 62, 63, 90) else 1.0
-        reading = Reading(("p",), np.array([norm]))
-        said += [(step, one.kind, one.usual) for one in watch.look(step, reading)]
-        history.add(step, reading.names, reading.norms, norm, 0.0, 0.0)
-    assert said == [(60, "explosion", 1.0), (90, "explosion", 1.0)]  # at step 5 nothing was usual yet
 
 
 # ---- batches, buffers, optimizer
