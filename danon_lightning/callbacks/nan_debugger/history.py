@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from danon_lightning.callbacks.nan_debugger.check import Reading
+
 
 @dataclass
 class History:
@@ -55,6 +57,11 @@ class History:
         self._norms[row] = np.nan
         self._norms[row, columns] = np.where(np.isfinite(norms), norms, np.nan)
 
+    def note(self, step: int, reading: Reading, rate: float) -> None:
+        """Note what was read in a step, and its learning rate."""
+        loss = sum(reading.losses) if reading.losses else float("nan")  # each is its share of their mean
+        self.add(step, reading.names, reading.norms, reading.total_norm, loss, rate)
+
     def columns(self, names: tuple[str, ...]) -> NDArray[np.intp]:
         """Where the parameters stand in :meth:`norms`; new ones are added."""
         if self._order[0] != names:
@@ -91,6 +98,10 @@ class History:
         """Median norm of all gradients together, NaN if no step is known."""
         known = [norm for norm in self.total_norms if np.isfinite(norm)]
         return float(np.median(known)) if known else float("nan")
+
+    def last_norm(self) -> float:
+        """Norm of all gradients together in the last finite step, NaN if there is none."""
+        return next((norm for norm in reversed(self.total_norms) if np.isfinite(norm)), float("nan"))
 
     def clear(self) -> None:
         """Forget everything."""

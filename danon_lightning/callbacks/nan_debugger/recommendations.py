@@ -1,8 +1,12 @@
 """What to try, from what was found: in plain words."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import lightning.pytorch as pl
+
+from danon_lightning.callbacks.nan_debugger.history import History
 from danon_lightning.callbacks.nan_debugger.remedies import remedies
 from danon_lightning.callbacks.nan_debugger.report import Report
 
@@ -17,17 +21,27 @@ class Circumstances:
     """What else is known of the run.
 
     Attributes:
-        precision: As the Trainer calls it: "32-true", "16-mixed".
         clips: Whether gradients are clipped.
         learning_rate: The largest of all groups.
         grew: By which factor the norm of the gradients had grown over its median in the last steps before, 1 if
             unknown.
     """
 
-    precision: str = "32-true"
     clips: bool = False
     learning_rate: float = 0.0
     grew: float = 1.0
+
+
+def circumstances(trainer: pl.Trainer, history: History) -> Circumstances:
+    """What else is known of the run now."""
+    norms = [norm for norm in history.total_norms if math.isfinite(norm)]
+    usual = sorted(norms)[len(norms) // 2] if norms else 0.0
+    rates = history.learning_rates
+    return Circumstances(
+        clips=bool(trainer.gradient_clip_val),
+        learning_rate=rates[-1] if rates else 0.0,
+        grew=norms[-1] / usual if len(norms) >= 5 and usual > 0 else 1.0,
+    )
 
 
 def recommend(report: Report, now: Circumstances) -> list[str]:
