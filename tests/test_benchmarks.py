@@ -131,3 +131,12 @@ def test_who_finds_planted_faults_is_printed_and_written(tmp_path):
     ours = found["faults"]["totals"]["NaN debugger"]
     assert ours["both"] / ours["of"] >= 13 / 14 and ours["false_alarms"] == 0
     assert set(found["costs"]["tools"]) == {"plain", "NaN debugger", "detect_anomaly", "module hooks"}
+
+
+@pytest.mark.slow
+def test_the_cost_of_a_healthy_check_is_printed_and_written(tmp_path):
+    file = tmp_path / "nan_check.json"
+    small = ["--pairs", "2", "--layers", "1", "--samples", "2", "--length", "8"]
+    assert "the callback itself" in run("nan_check.py", *small, "--json", str(file))
+    found = json.loads(file.read_text())
+    assert found["reads_a_step"] == 1 and found["pairs"] == 2 and found["tokens_a_step"] == 16

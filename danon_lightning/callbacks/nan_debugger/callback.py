@@ -1,35 +1,32 @@
 """The callback: when what is looked at, and what is done then."""
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from rich.console import Console
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from danon_lightning.callbacks.health.finding import Finding
-from danon_lightning.callbacks.nan_debugger.agreement import ReplaysPipeline, gather, has_equal_gradients
-from danon_lightning.callbacks.nan_debugger.batches import StepBatches, bad_leaves
-from danon_lightning.callbacks.nan_debugger.check import Reading, not_finite
+from danon_lightning.callbacks.nan_debugger.agreement import ReplaysPipeline, has_equal_gradients
+from danon_lightning.callbacks.nan_debugger.bad_steps import BadSteps
+from danon_lightning.callbacks.nan_debugger.batches import StepBatches
+from danon_lightning.callbacks.nan_debugger.check import not_finite
 from danon_lightning.callbacks.nan_debugger.display import Display
+from danon_lightning.callbacks.nan_debugger.finite_steps import FiniteSteps
 from danon_lightning.callbacks.nan_debugger.history import History
-from danon_lightning.callbacks.nan_debugger.investigation import BundleSettings, Symptoms, bundle_of, investigate
-from danon_lightning.callbacks.nan_debugger.policies import NonFiniteError, Policy, ScalerWatch, check_policy
+from danon_lightning.callbacks.nan_debugger.investigation import BundleSettings, Symptoms
+from danon_lightning.callbacks.nan_debugger.policies import Policy, ScalerWatch, check_policy
 from danon_lightning.callbacks.nan_debugger.random_state import random_state
-from danon_lightning.callbacks.nan_debugger.recommendations import Circumstances, advice_for, recommend
-from danon_lightning.callbacks.nan_debugger.report import RankFinding, Report, conclude, with_bundle, with_outcome
+from danon_lightning.callbacks.nan_debugger.report import Report
 from danon_lightning.callbacks.nan_debugger.response import Response
 from danon_lightning.callbacks.nan_debugger.step_reader import ParameterNames, StepReader, learning_rate, weights_of
-from danon_lightning.callbacks.nan_debugger.thresholds import NumericLimits, Watch
+from danon_lightning.callbacks.nan_debugger.thresholds import NumericLimits
+from danon_lightning.callbacks.nan_debugger.validation import ValidationWatch
 from danon_lightning.callbacks.nan_debugger.verdict import judge
-
-# The numbers of so many bad steps are remembered.
-_REMEMBERED = 1000
 
 
 class NaNDebugger(pl.Callback):
@@ -78,8 +75,6 @@ class NaNDebugger(pl.Callback):
         console: Where reports are printed; None for the standard output.
 
     Attributes:
-        reports: Of the bad steps that were looked into, oldest first.
-        bad_steps: Numbers of the steps that were not finite.
         history: Norms of the last steps.
 
     Raises:
@@ -119,26 +114,36 @@ class NaNDebugger(pl.Callback):
         ):
             if value < least:
                 raise ValueError(f"{name}={value} must be at least {least}")
-        self.max_reports, self.check_validation = max_reports, check_validation
-        self._bundles = BundleSettings(bundle_dir, include_data, max_bundle_bytes)
-        self.reports: list[Report] = []
-        self.bad_steps: list[int] = []
+        self.check_validation = check_validation
         self.history = History(history_size)
         self._reader = StepReader(check_inputs_every_n_steps, check_weights_every_n_steps)
         self._display = Display(log_path, plot_path, console or Console())
-        self._watch = Watch(limits or NumericLimits(), self.history)
+        self._finite = FiniteSteps(limits or NumericLimits(), self.history, self._display)
+        self._validation = ValidationWatch(self._display)
         self._scaler_watch = ScalerWatch(max_scaler_skips, min_loss_scale)
         self._response = Response(policy, max_consecutive_skips, fallback_steps)
+        bundles = BundleSettings(bundle_dir, include_data, max_bundle_bytes)
+        self._bad = BadSteps(max_reports, bundles, self._response, self.history, self._display)
         self._batches = StepBatches()
-        self._odd: dict[str, str] = {}
         self._begin()
+
+    @property
+    def reports(self) -> list[Report]:
+        """Of the bad steps that were looked into, oldest first."""
+        return self._bad.reports
+
+    @property
+    def bad_steps(self) -> list[int]:
+        """Numbers of the steps that were not finite."""
+        return self._bad.steps
 
     def _begin(self) -> None:
         """Forget what belongs to one ``fit``."""
         self._names = ParameterNames()
         self._equal = True
-        self._stepped = self._busy = self._weights_known = False
-        self._bad_losses: list[Tensor] = []
+        self._stepped = self._busy = False
+        self._finite.weights_known = False
+        self._validation.clear()
         self._batches.clear()
 
     # ---- the life of a fit
@@ -151,10 +156,7 @@ class NaNDebugger(pl.Callback):
         self._display.begin(trainer, self._equal)
         if isinstance(trainer.strategy, ReplaysPipeline):
             trainer.strategy.keep_batches()
-        bad = not_finite(weights_of(pl_module))
-        self._weights_known = not bad
-        if bad:
-            self._say_weights(trainer.global_step, bad, "before the first step")
+        self._finite.look_at_weights(trainer.global_step, weights_of(pl_module))
         self._response.begin(pl_module)
 
     @override
@@ -205,24 +207,14 @@ class NaNDebugger(pl.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Keep the loss of a validation batch, on its device."""
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if self.check_validation and isinstance(loss, Tensor) and loss.numel() == 1 and loss.is_floating_point():
-            bad = ~torch.isfinite(loss.detach().reshape(()))
-            self._bad_losses = [self._bad_losses[0] | bad if self._bad_losses else bad]
+        if self.check_validation:
+            self._validation.add(outputs)
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Warn of what is not finite."""
-        if not self.check_validation:
-            return
-        bad = ["the loss of some batch"] if self._bad_losses and bool(self._bad_losses[0]) else []
-        self._bad_losses = []
-        metrics = {name: value for name, value in trainer.callback_metrics.items() if isinstance(value, Tensor)}
-        bad += not_finite(metrics.items())
-        if bad:
-            step = trainer.global_step
-            self._display.warn(f"the validation after step {step} has values that are not finite: {', '.join(bad[:5])}")
-            self._display.event("validation_not_finite", step=step, values=bad[:100])
+        if self.check_validation:
+            self._validation.end(trainer)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -258,16 +250,11 @@ class NaNDebugger(pl.Callback):
         """Go on where a checkpoint was written."""
         self._response.load_state_dict(state_dict["response"])
         self._scaler_watch.in_a_row = state_dict["scaler_skips"]
-        self.bad_steps = list(state_dict["bad_steps"])
+        self._bad.steps = list(state_dict["bad_steps"])
 
     def findings(self) -> Sequence[Finding]:
         """What there is to say of the run."""
-        found = [Finding("error", f"step {one.step}", one.headline(), " ".join(one.advice[:2])) for one in self.reports]
-        more = len(self.bad_steps) - len(self.reports)
-        if more > 0:
-            text = f"{more} more steps were not finite; {self._response.skips.total} were skipped"
-            found.append(Finding("error", "steps that are not finite", text))
-        found += [Finding("warning", "gradients and weights", text, advice) for text, advice in self._odd.items()]
+        found = [*self._bad.findings(), *self._finite.findings()]
         if not found and self.history.steps:
             found.append(Finding("note", "gradients", "all losses and gradients were finite"))
         return found
@@ -282,125 +269,16 @@ class NaNDebugger(pl.Callback):
         if not reading.gradients_finite:  # the norm of large but finite numbers may overflow
             bad = tuple(not_finite(gradients))
         verdict = judge(trainer, reading, not bad, self._equal, scale, self._scaler_watch)
-        symptoms = Symptoms(reading, bad, scale or 1.0, self._last_norm(), self._weights_known)
+        symptoms = Symptoms(reading, bad, scale or 1.0, self.history.last_norm(), self._finite.weights_known)
         if verdict.is_fault_here:
-            self._report_alone(trainer, module, symptoms)
+            self._bad.report_alone(trainer, module, self._batches, symptoms)
         if verdict.is_search:
             self._display.event("scaler_skip", step=step, scale=scale)
         if verdict.is_fault or verdict.is_search:
-            self._note_history(step, reading, optimizer)
+            self.history.note(step, reading, learning_rate(optimizer))
         else:
-            self._note_healthy(trainer, module, optimizer, reading, step)
+            self._finite.look(trainer, reading, learning_rate(optimizer), self._batches)
+            for name in self._response.after_healthy(module):
+                self._display.event("fallback_ended", step=step, module=name)
         if verdict.is_fault:
-            self._handle(trainer, module, optimizer, symptoms, verdict.why)
-
-    def _note_history(self, step: int, reading: Reading, optimizer: Optimizer) -> None:
-        loss = sum(reading.losses) if reading.losses else math.nan  # each is its share of their mean
-        rate = learning_rate(optimizer)
-        self.history.add(step, reading.names, reading.norms, reading.total_norm, loss, rate)
-
-    def _note_healthy(
-        self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Optimizer, reading: Reading, step: int
-    ) -> None:
-        if reading.weights:
-            bad = [name for name, value in reading.weights.items() if not math.isfinite(value)]
-            self._weights_known = not bad
-            if bad:
-                self._say_weights(step, bad, f"at step {step}, though gradients are")
-        if any(math.isnan(norm) for norm in reading.inputs.values()):
-            self._report_inputs(step)
-        odd = self._watch.look(step, reading)
-        self._note_history(step, reading, optimizer)
-        if odd:
-            advice = advice_for([one.kind for one in odd], self._circumstances(trainer))
-            self._odd |= {str(one): advice for one in odd if len(self._odd) < _REMEMBERED}
-            text = "; ".join(map(str, odd[:5])) + (f" and {len(odd) - 5} more" if len(odd) > 5 else "")
-            self._display.warn(f"step {step}: {text}. Try: {advice}.")
-            for one in odd:
-                self._display.event(
-                    one.kind, step=step, parameter=one.parameter, value=one.value, usual=one.usual, advice=advice
-                )
-        for name in self._response.after_healthy(module):
-            self._display.event("fallback_ended", step=step, module=name)
-
-    def _report_inputs(self, step: int) -> None:
-        for one in self._batches:
-            found = [str(leaf) for leaf in bad_leaves(one.batch) if leaf.nan]
-            if found:
-                text = f"step {step}, batch {one.batch_idx}: {'; '.join(found)}; loss and gradients are finite so far"
-                self._display.warn(text, own=True)
-                self._display.event("input_not_finite", own=True, step=step, batch_idx=one.batch_idx, leaves=found)
-
-    def _say_weights(self, step: int, names: Sequence[str], when: str) -> None:
-        self._display.warn(f"weights are not finite {when}: {', '.join(names[:5])}")
-        self._display.event("weights_not_finite", step=step, parameters=names[:100])
-
-    # ---- a bad step
-
-    def _report_alone(self, trainer: pl.Trainer, module: pl.LightningModule, symptoms: Symptoms) -> None:
-        """The loss of this rank is not finite, but no gradient is spoilt: no other rank needs to know."""
-        if len(self.reports) >= self.max_reports:
-            return
-        with self._response.buffers.as_before(module):
-            finding, _ = investigate(trainer, module, self._batches, symptoms)
-        why = f"the loss of rank {trainer.global_rank} is not finite, though all gradients are"
-        report = conclude(trainer.global_step, trainer.current_epoch, [finding], why)
-        advice = recommend(report, self._circumstances(trainer))
-        report = with_outcome(report, "training goes on: weights are not affected", advice)
-        self.reports.append(report)
-        self._display.warn(report.text(), own=True)
-        self._display.event("not_finite", own=True, **report.to_dict())
-
-    def _handle(
-        self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Optimizer, symptoms: Symptoms, why: str
-    ) -> None:
-        """Find out, act, and say so. All ranks come here together, and decide alike."""
-        step = trainer.global_step
-        self.bad_steps = [*self.bad_steps, step][-_REMEMBERED:]
-        report = None
-        # Counts of reports may differ between ranks, those of bad steps do not.
-        if self._response.policy == "raise" or len(self.bad_steps) <= self.max_reports:
-            report = self._find_out(trainer, module, symptoms, why)
-        action, ends = self._response.act(trainer, module, optimizer, report)
-        if report is None:
-            self._display.event("not_finite", step=step, action=action)
-        else:
-            report = with_outcome(report, action, recommend(report, self._circumstances(trainer)))
-            self.reports.append(report)
-            self._display.report(trainer, report, self._response.skips.total, ends=ends)
-        self._display.plot(trainer, self.history, self.bad_steps)
-        if ends and report is not None:
-            raise NonFiniteError(report.text(), report.cause)
-        if ends:
-            known = f"\nFound out before:\n{self.reports[-1].text()}" if self.reports else ""
-            raise NonFiniteError(f"Step {step} is not finite.\nNow: {action}{known}")
-
-    def _find_out(self, trainer: pl.Trainer, module: pl.LightningModule, symptoms: Symptoms, why: str) -> Report:
-        """What all ranks have found. Collective."""
-        device = trainer.strategy.root_device
-        with self._response.buffers.as_before(module):
-            finding, culprit = investigate(trainer, module, self._batches, symptoms)
-            findings = [RankFinding.from_dict(one) for one in gather(finding.to_dict(), device)]
-            report = conclude(trainer.global_step, trainer.current_epoch, findings, why)
-            if self._bundles.folder is None or not report.finding.reproduced:
-                return report
-            written = {"bundle": "", "note": ""}
-            if report.finding.rank == trainer.global_rank:
-                written = bundle_of(trainer, module, culprit, report.origin, symptoms.scale, self._bundles)
-        return with_bundle(report, **gather(written, device)[report.finding.rank])
-
-    # ---- what else is known
-
-    def _last_norm(self) -> float:
-        return next((norm for norm in reversed(self.history.total_norms) if math.isfinite(norm)), math.nan)
-
-    def _circumstances(self, trainer: pl.Trainer) -> Circumstances:
-        norms = [norm for norm in self.history.total_norms if math.isfinite(norm)]
-        usual = sorted(norms)[len(norms) // 2] if norms else 0.0
-        rates = self.history.learning_rates
-        return Circumstances(
-            precision=str(trainer.precision),
-            clips=bool(trainer.gradient_clip_val),
-            learning_rate=rates[-1] if rates else 0.0,
-            grew=norms[-1] / usual if len(norms) >= 5 and usual > 0 else 1.0,
-        )
+            self._bad.handle(trainer, module, optimizer, self._batches, symptoms, verdict.why)

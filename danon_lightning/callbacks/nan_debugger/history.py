@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from danon_lightning.callbacks.nan_debugger.check import Reading
+
 
 @dataclass
 class History:
@@ -55,6 +57,11 @@ class History:
         self._norms[row] = np.nan
         self._norms[row, columns] = np.where(np.isfinite(norms), norms, np.nan)
 
+    def note(self, step: int, reading: Reading, rate: float) -> None:
+        """Note what was read in a step, and its learning rate."""
+        loss = sum(reading.losses) if reading.losses else float("nan")  # each is its share of their mean
+        self.add(step, reading.names, reading.norms, reading.total_norm, loss, rate)
+
     def columns(self, names: tuple[str, ...]) -> NDArray[np.intp]:
         """Where the parameters stand in :meth:`norms`; new ones are added."""
         if self._order[0] != names:
@@ -71,6 +78,30 @@ class History:
         """Norms, ``[steps, parameters]``, oldest step first; NaN where there was no gradient or it was not finite."""
         kept = self._norms[: len(self.steps)]
         return np.roll(kept, -self._next, axis=0) if len(self.steps) == self.size else kept
+
+    def medians(self, names: tuple[str, ...], least: int) -> NDArray[np.float64]:
+        """Median norm of each of the parameters, ``[parameters]``.
+
+        Args:
+            names: Which parameters.
+            least: NaN where fewer steps are known (fewer than all, if the history is shorter than that).
+        """
+        columns = self.columns(names)
+        norms = self.norms()[:, columns]
+        known = np.isfinite(norms).sum(0) >= min(least, self.size)
+        medians = np.full(len(names), np.nan)
+        if known.any():
+            medians[known] = np.nanmedian(norms[:, known], axis=0)
+        return medians
+
+    def median_total(self) -> float:
+        """Median norm of all gradients together, NaN if no step is known."""
+        known = [norm for norm in self.total_norms if np.isfinite(norm)]
+        return float(np.median(known)) if known else float("nan")
+
+    def last_norm(self) -> float:
+        """Norm of all gradients together in the last finite step, NaN if there is none."""
+        return next((norm for norm in reversed(self.total_norms) if np.isfinite(norm)), float("nan"))
 
     def clear(self) -> None:
         """Forget everything."""

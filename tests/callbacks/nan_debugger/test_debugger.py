@@ -360,7 +360,13 @@ def test_exploding_vanishing_and_large_weights_are_mentioned_once_in_a_while(tmp
     assert found["vanishing", "faint"] == 9 and found["weight", "big"] == 0
     assert found["explosion", "last.weight"] == 30 and ("explosion", "faint") not in found
     assert len(found) == len(events(tmp_path / "e.jsonl"))  # each once
-    assert any("explodes" in finding.text for finding in watching.findings())
+    texts = [finding.text for finding in watching.findings()]
+    assert [text.split(" in ")[0] for text in texts] == [
+        "weights exceed 100",
+        "the gradient vanishes",
+        "the gradient explodes",
+    ]
+    assert "in 6 parameters" in texts[2] and "and 3 more" in texts[2]
     assert isinstance(watching, ReportsFindings)
 
 
@@ -432,6 +438,14 @@ def test_it_can_be_used_again_and_costs_no_random_numbers():
 def test_bad_arguments_are_refused(options, match):
     with pytest.raises(ValueError, match=match):
         NaNDebugger(**options)
-    for name in ("explosion", "explosion_factor", "vanishing", "weight", "vanishing_steps", "window"):
+    for name in (
+        "explosion",
+        "explosion_factor",
+        "vanishing",
+        "weight",
+        "vanishing_share",
+        "vanishing_steps",
+        "window",
+    ):
         with pytest.raises(ValueError, match=name):
             NumericLimits(**{name: 0})
