@@ -10,6 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from danon_lightning.callbacks.nan_debugger.events import plain
+from danon_lightning.callbacks.ranks import gather_texts
 
 # What one rank has to say fits into a fraction of this.
 _MOST_BYTES = 1 << 18
@@ -120,19 +121,7 @@ def gather(value: dict[str, Any], device: torch.device) -> list[dict[str, Any]]:
     Travels as bytes of JSON, so that nothing has to be unpickled.
     """
     text = json.dumps(plain(value)).encode()
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return [json.loads(text)]
-    if len(text) > _MOST_BYTES:  # every rank must go on, so that none waits
+    several = dist.is_available() and dist.is_initialized()
+    if several and len(text) > _MOST_BYTES:  # every rank must go on, so that none waits
         text = json.dumps({"rank": dist.get_rank(), "note": "what this rank has found was too long to send"}).encode()
-    lengths = _all_gather(torch.tensor([len(text)], device=device))
-    longest = max(int(length) for length in lengths)
-    padded = torch.zeros(longest, dtype=torch.uint8)
-    padded[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    gathered = _all_gather(padded.to(device))
-    return [json.loads(bytes(one[: int(length)].cpu().tolist())) for one, length in zip(gathered, lengths, strict=True)]
-
-
-def _all_gather(tensor: Tensor) -> list[Tensor]:
-    out = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(out, tensor)
-    return out
+    return [json.loads(one) for one in gather_texts(text, device)]
