@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from danon_lightning.testing.emulated_hosts import EmulatedHosts
 from danon_lightning.testing.environment import LOOPBACK_ADDRESS, base_environment, check_shape, rank_environment
+from danon_lightning.testing.forking import fork_server
 from danon_lightning.testing.ports import reserved_port
 from danon_lightning.testing.processes import ProcessSet
 
@@ -19,6 +20,8 @@ _RANK_MAIN = Path(__file__).with_name("rank_main.py")
 _FAILURE_GRACE_SECONDS = 0.5
 # From a rank's own dump of where it hangs, at the deadline, to its end.
 _DUMP_SECONDS = 0.5
+# A collective gives up so long after the deadline: where all ranks hang must be found before one of them raises.
+_COLLECTIVE_GRACE_SECONDS = 10.0
 
 _Result = TypeVar("_Result")
 
@@ -96,6 +99,9 @@ def run_distributed(
     if nodes * ranks_per_node != world_size:
         raise ValueError(f"{world_size} ranks cannot be divided into nodes of {ranks_per_node}")
 
+    environment = {**base_environment(hosts), **(env or {})}
+    # Commands on emulated hosts have a prefix, and cannot be forked.
+    server = fork_server(environment) if hosts is None else None
     with ProcessSet() as ranks, reserved_port(() if hosts is None else hosts.command_prefix(0)) as port:
         job = {
             "module": module,
@@ -105,7 +111,7 @@ def run_distributed(
             "folder": str(ranks.directory),
             "store": str(ranks.directory / "store"),
             "sys_path": [os.path.abspath(entry) for entry in sys.path],
-            "timeout": timeout,
+            "collective_timeout": timeout + _COLLECTIVE_GRACE_SECONDS,
             "deadline": time.monotonic() + timeout,
         }
         job_file = ranks.directory / "job"
@@ -121,8 +127,9 @@ def run_distributed(
             prefix = [] if hosts is None else hosts.command_prefix(rank // ranks_per_node)
             ranks.start(
                 [*prefix, sys.executable, str(_RANK_MAIN), str(job_file)],
-                env={**base_environment(hosts), **place, **(env or {})},
+                env={**environment, **place, **(env or {})},
                 name=str(rank),
+                server=server,
             )
         timed_out = ranks.wait(timeout + _DUMP_SECONDS, failure_grace=_FAILURE_GRACE_SECONDS)
         _raise_failure(ranks, timed_out, timeout)

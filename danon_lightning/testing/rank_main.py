@@ -61,7 +61,7 @@ def _call(job: dict[str, Any]) -> Any:
         init_method=f"file://{job['store']}",
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
-        timeout=timedelta(seconds=job["timeout"]),
+        timeout=timedelta(seconds=job["collective_timeout"]),
     )
     result = pickle.dumps(function(*args))
     if dist.is_initialized():
