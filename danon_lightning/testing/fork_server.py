@@ -67,17 +67,24 @@ def _threads() -> list[str]:
     return names
 
 
+def _reap(*_: object) -> None:
+    """Takes note of supervisors that have ended: how, they have told by themselves."""
+    with suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
 def _serve(control: socket.socket) -> dict[str, Any] | None:
     """Forks supervisors until the parent closes the socket or dies.
 
     Returns:
         None then; but what is to be run in a process that a supervisor has forked.
     """
-    # Nobody asks how supervisors end: they tell by themselves.
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, _reap)
     while True:
         message, (*descriptors,), _, _ = socket.recv_fds(control, 1, 3)
         if not message:
+            _reap()
             return None
         try:
             child = os.fork()
@@ -154,8 +161,10 @@ def main() -> None:
     control.sendall(f"imports have started threads: {', '.join(threads)}".encode() if threads else b"ready")
     changed_by_imports = {name: value for name, value in os.environ.items() if before.get(name) != value}
     request = _serve(control)
-    if request is not None:
-        _run(request, changed_by_imports)
+    if request is None:
+        # There is nothing to clean up but a great many modules.
+        os._exit(0)
+    _run(request, changed_by_imports)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ _SERVER = Path(__file__).with_name("fork_server.py")
 _IMPORT_SECONDS = 120.0
 _FORK_SECONDS = 30.0
 _STOP_SECONDS = 5.0
+# Each takes some hundred MB of memory. Two, because one test with variables of its own comes between others.
+_MOST_SERVERS = 2
 # All other variables may be read by the imported libraries once and for all, or by the interpreter.
 _READ_LATE = frozenset({"PL_GLOBAL_SEED", "PL_SEED_WORKERS", "PYTEST_CURRENT_TEST"})
 # These libraries set themselves when they are imported.
@@ -157,64 +159,11 @@ class ForkServer:
             self._process.wait()
 
 
-class _Current:
-    """The one server of this process; a change of what it would import otherwise replaces it.
-
-    Attributes:
-        given_up: Whether processes are started without one from now on.
-    """
-
-    def __init__(self) -> None:
-        self.given_up = sys.platform != "linux"
-        self._lock = threading.Lock()
-        self._server: ForkServer | None = None
-        self._key: object = None
-
-    def get(self, env: Mapping[str, str]) -> ForkServer | None:
-        path = [os.path.abspath(entry) for entry in sys.path]
-        early = {
-            name: value
-            for name, value in env.items()
-            if name not in _READ_LATE | _SET_BY_IMPORTS and not name.startswith("DANON_") and not is_of_launcher(name)
-        }
-        key = (sys.executable, path, early)
-        with self._lock:
-            if self.given_up:
-                return None
-            if self._server is None or self._key != key or not self._server.alive:
-                self.stop()
-                try:
-                    self._server, self._key = ForkServer(early, path), key
-                except OSError as error:
-                    self.give_up(error)
-            return self._server
-
-    def give_up(self, error: OSError) -> None:
-        if not self.given_up:
-            self.given_up = True
-            warnings.warn(f"ranks start slowly, because there is no fork server: {error}", RuntimeWarning, stacklevel=2)
-
-    def stop(self) -> None:
-        if self._server is not None:
-            self._server.stop()
-            self._server = None
-
-
-_current = _Current()
-atexit.register(lambda: _current.stop())
-
-# A fork of this process that kept them open would keep alive what is to end with this process.
+# By what they have imported. A fork of this process has none, and must not keep alive what is to end with this process.
+_servers: dict[object, ForkServer] = {}
 _sockets: "weakref.WeakSet[socket.socket]" = weakref.WeakSet()
-
-
-def _forget() -> None:
-    global _current
-    _current = _Current()
-    for end in list(_sockets):
-        end.close()
-
-
-os.register_at_fork(after_in_child=_forget)
+_lock = threading.Lock()
+_given_up = sys.platform != "linux"
 
 
 def _socketpair() -> tuple[socket.socket, socket.socket]:
@@ -223,18 +172,64 @@ def _socketpair() -> tuple[socket.socket, socket.socket]:
     return ours, theirs
 
 
+def _forget() -> None:
+    global _lock
+    _lock = threading.Lock()
+    _servers.clear()
+    for end in list(_sockets):
+        end.close()
+
+
+def _stop() -> None:
+    while _servers:
+        _servers.popitem()[1].stop()
+
+
+os.register_at_fork(after_in_child=_forget)
+atexit.register(_stop)
+
+
 def fork_server(env: Mapping[str, str]) -> ForkServer | None:
-    """Returns the server for scripts in such an environment, newly started if need be; None if there can be none.
+    """Returns a server for scripts in such an environment, newly started if need be.
 
     Args:
-        env: Environment variables.
+        env: Environment variables. Only those that libraries read when they are imported make another server necessary,
+            as does a change of ``sys.path``.
+
+    Returns:
+        None where there can be none: on other systems than Linux, and after :func:`give_up`.
 
     Warns:
         RuntimeWarning: It cannot be started. There will be no other attempt.
     """
-    return _current.get(env)
+    path = tuple(os.path.abspath(entry) for entry in sys.path)
+    early = {name: value for name, value in env.items() if not _is_read_late(name)}
+    key = (sys.executable, path, frozenset(early.items()))
+    with _lock:
+        if _given_up:
+            return None
+        server = _servers.pop(key, None)
+        if server is None or not server.alive:
+            try:
+                server = ForkServer(early, path)
+            except OSError as error:
+                give_up(error)
+                return None
+        _servers[key] = server
+        while len(_servers) > _MOST_SERVERS:
+            # The one that was not used for the longest time.
+            _servers.pop(next(iter(_servers))).stop()
+        return server
 
 
 def give_up(error: OSError) -> None:
     """Have :func:`fork_server` return None from now on, and warn of the reason, once."""
-    _current.give_up(error)
+    global _given_up
+    if not _given_up:
+        _given_up = True
+        warnings.warn(f"ranks start slowly, because there is no fork server: {error}", RuntimeWarning, stacklevel=2)
+
+
+def _is_read_late(name: str) -> bool:
+    """Tells whether a variable changes nothing of what has been imported already."""
+    return name in _READ_LATE | _SET_BY_IMPORTS or name.startswith("DANON_") or is_of_launcher(name)
