@@ -30,6 +30,7 @@ _IMPORTED = (
     "danon_lightning.callbacks",
     "danon_lightning.models",
     "danon_lightning.strategies",
+    "danon_lightning.testing",
     "lightning.pytorch",
     "pytest",
     "torch.distributed.pipelining",
@@ -44,6 +45,7 @@ _RANKS_TAKEN_ON_IMPORT = (
 
 
 def _import() -> None:
+    importlib.import_module("danon_lightning.testing.supervisor")
     for name in _IMPORTED:
         # What cannot be imported is for the ranks that need it to report.
         with suppress(Exception):
@@ -114,8 +116,7 @@ def _supervise(lifeline_number: int, stdout: int, stderr: int) -> dict[str, Any]
         with lifeline.makefile("rb") as stream:
             request: dict[str, Any] = pickle.load(stream)
         lifeline.sendall(struct.pack("i", os.getpid()))
-        from danon_lightning.testing import supervisor
-
+        supervisor = importlib.import_module("danon_lightning.testing.supervisor")
         child = supervisor.fork()
         if child == 0:
             lifeline.close()
@@ -142,9 +143,11 @@ def _run(request: dict[str, Any], changed_by_imports: dict[str, str]) -> None:
     for name, variable in _RANKS_TAKEN_ON_IMPORT:
         if name in sys.modules and variable in os.environ:
             sys.modules[name].rank_zero_only.rank = int(os.environ[variable])
-    # Python does the same with its own generator; torch's has the same seed in every process.
+    # Otherwise all ranks would draw the same numbers. Python does the same with its own generator.
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed()
+    if "torch" in sys.modules:
+        sys.modules["torch"].default_generator.seed()
     importlib.invalidate_caches()
     sys.argv[:] = request["argv"]
     runpy.run_path(sys.argv[0], run_name="__main__")
