@@ -113,6 +113,8 @@ class ForkServer:
                     log.seek(0)
                     raise OSError(answer.decode() or f"it ended early: {log.read().decode(errors='replace')}")
             except BaseException:
+                # While it imports, it would not notice that it is no longer needed.
+                self._process.kill()
                 self.stop()
                 raise
 
