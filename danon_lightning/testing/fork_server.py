@@ -4,12 +4,13 @@
 
 Importing torch and Lightning takes seconds of processor time, a fork some milliseconds. The parent
 (:mod:`danon_lightning.testing.forking`) sends requests through the socket with that number. For each, the server forks
-a supervisor, which forks the process that runs the requested script; all three are as separate as those that
-``supervisor.py SCRIPT`` would start. The server itself does nothing else, has one thread, and ends with its parent.
+a supervisor, which forks the process that runs the requested script; the two do what ``supervisor.py`` and a new Python
+would do. The server itself does nothing else and has one thread. It ends with its parent; if that dies while the server
+is importing, once it has done so.
 
-What a fork cannot have of its own: the seed of hashes (PYTHONHASHSEED) and the addresses of what was imported are the
-same in all ranks, so all walk through a set of strings in the same order. Resource limits, the umask and the processors
-to run on are those of the parent when it started the server.
+What a fork cannot have of its own: the seed of hashes and the addresses of what was imported are the same in all ranks,
+so all walk through a set of strings in the same order, which new processes do not. Resource limits, the umask and the
+processors to run on are those that the parent had when it started the server.
 """
 
 import gc

@@ -13,6 +13,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -73,11 +74,13 @@ class ForkedProcess:
 
     def terminate(self) -> None:
         """Tells the supervisor to end it."""
-        self._lifeline.shutdown(socket.SHUT_WR)
+        with suppress(OSError):
+            self._lifeline.shutdown(socket.SHUT_WR)
 
     def kill(self) -> None:
         """Kills the supervisor, and with it the process."""
-        os.kill(self._pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.kill(self._pid, signal.SIGKILL)
 
 
 class ForkServer:
