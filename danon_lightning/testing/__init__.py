@@ -1,7 +1,8 @@
 """Several nodes on one machine: emulated hosts, and launchers that leave no process behind.
 
 For tests, benchmarks and whoever wants to try a distributed run before there is a cluster. The launchers run on Linux
-and macOS, emulated hosts only on Linux. Nothing here needs, or imports, the rest of the package.
+and macOS, emulated hosts only on Linux. Nothing here needs the rest of the package; only the server that ranks are
+forked from imports it, because most of them do.
 """
 
 from danon_lightning.testing.distributed import RankFailedError, run_distributed

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from danon_lightning.testing.emulated_hosts import EmulatedHosts
 from danon_lightning.testing.environment import LOOPBACK_ADDRESS, base_environment, check_shape, rank_environment
+from danon_lightning.testing.forking import fork_server
 from danon_lightning.testing.ports import reserved_port
 from danon_lightning.testing.processes import ProcessSet
 
@@ -19,6 +20,8 @@ _RANK_MAIN = Path(__file__).with_name("rank_main.py")
 _FAILURE_GRACE_SECONDS = 0.5
 # From a rank's own dump of where it hangs, at the deadline, to its end.
 _DUMP_SECONDS = 0.5
+# A collective gives up so long after the deadline: where all ranks hang must be found before one of them raises.
+_COLLECTIVE_GRACE_SECONDS = 10.0
 
 _Result = TypeVar("_Result")
 
@@ -64,17 +67,19 @@ def run_distributed(
             assert run_distributed(average, 2, 3.0) == [1.5, 1.5]
 
     The function must be at module level, in a test module, a script or anything importable: each process loads that
-    module anew, by name or from its file, with all that it imports. Test modules therefore need no ``__init__.py``
-    and may share file names; code of a ``conftest.py`` is not run. The environment variables are those of torchrun
-    (and Lightning's NODE_RANK), so that a Lightning ``Trainer(devices=ranks_per_node, num_nodes=...)`` finds its
-    place; MASTER_PORT is free. Arguments and results are pickled, tensors by value. What the ranks print to stdout
-    is printed here once all have returned.
+    module anew, by name or from its file, with all that it imports. Only what takes long to import and does not change,
+    such as torch, Lightning and this package, is there already: on Linux, unless there are `hosts`, the processes are
+    forked from a server (``fork_server.py``) that the first call starts and that ends with this process. Test modules
+    need no ``__init__.py`` and may share file names; code of a ``conftest.py`` is not run. The environment variables
+    are those of torchrun (and Lightning's NODE_RANK), so that a Lightning ``Trainer(devices=ranks_per_node,
+    num_nodes=...)`` finds its place; MASTER_PORT is free. Arguments and results are pickled, tensors by value. What the
+    ranks print to stdout is printed here once all have returned.
 
     Args:
         function: What to call on each rank.
         world_size: Number of ranks.
         *args: Arguments, the same for every rank.
-        timeout: Seconds until all must have returned, the start (importing torch) included.
+        timeout: Seconds until all must have returned, the start of the processes (not of the server) included.
         ranks_per_node: Simulates ``world_size / ranks_per_node`` nodes in LOCAL_RANK, LOCAL_WORLD_SIZE and GROUP_RANK;
             by default one node, or an equal share for each of `hosts`.
         hosts: Emulated hosts to run on, one for each node; by default everything runs on loopback.
@@ -96,6 +101,9 @@ def run_distributed(
     if nodes * ranks_per_node != world_size:
         raise ValueError(f"{world_size} ranks cannot be divided into nodes of {ranks_per_node}")
 
+    environment = {**base_environment(hosts), **(env or {})}
+    # Forks would be on this host. On emulated ones a prefix to the command puts processes there.
+    server = fork_server(environment) if hosts is None else None
     with ProcessSet() as ranks, reserved_port(() if hosts is None else hosts.command_prefix(0)) as port:
         job = {
             "module": module,
@@ -105,7 +113,7 @@ def run_distributed(
             "folder": str(ranks.directory),
             "store": str(ranks.directory / "store"),
             "sys_path": [os.path.abspath(entry) for entry in sys.path],
-            "timeout": timeout,
+            "collective_timeout": timeout + _COLLECTIVE_GRACE_SECONDS,
             "deadline": time.monotonic() + timeout,
         }
         job_file = ranks.directory / "job"
@@ -121,8 +129,9 @@ def run_distributed(
             prefix = [] if hosts is None else hosts.command_prefix(rank // ranks_per_node)
             ranks.start(
                 [*prefix, sys.executable, str(_RANK_MAIN), str(job_file)],
-                env={**base_environment(hosts), **place, **(env or {})},
+                env={**environment, **place, **(env or {})},
                 name=str(rank),
+                server=server,
             )
         timed_out = ranks.wait(timeout + _DUMP_SECONDS, failure_grace=_FAILURE_GRACE_SECONDS)
         _raise_failure(ranks, timed_out, timeout)

@@ -16,17 +16,18 @@ _LAUNCHER_NAMES = frozenset(
 )
 
 
+def is_of_launcher(name: str) -> bool:
+    """Tells whether launchers set such a variable."""
+    return name in _LAUNCHER_NAMES or name.startswith(_LAUNCHER_PREFIXES)
+
+
 def base_environment(hosts: EmulatedHosts | None) -> dict[str, str]:
     """Returns this process's environment without an outer launcher's variables, and with the network to use.
 
     Args:
         hosts: The hosts to run on; None for loopback.
     """
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in _LAUNCHER_NAMES and not name.startswith(_LAUNCHER_PREFIXES)
-    }
+    environment = {name: value for name, value in os.environ.items() if not is_of_launcher(name)}
     # Left to itself gloo looks up the host name, which emulated hosts share and laptops often cannot resolve.
     environment["GLOO_SOCKET_IFNAME"] = LOOPBACK_INTERFACE if hosts is None else hosts.interface
     # Many ranks share few cores.

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from danon_lightning.testing.forking import ForkedProcess, ForkServer, give_up
+
 _SUPERVISOR = Path(__file__).with_name("supervisor.py")
 _POLL_SECONDS = 0.02
 # What a supervisor may take to kill a tree of processes before it is killed itself.
@@ -64,7 +66,15 @@ class ProcessResult:
 class SupervisedProcess:
     """A command that ends, with everything it started, no later than this process does."""
 
-    def __init__(self, command: Sequence[str], *, env: Mapping[str, str], log_directory: Path, log_name: str) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        env: Mapping[str, str],
+        log_directory: Path,
+        log_name: str,
+        server: ForkServer | None = None,
+    ) -> None:
         """Starts the command.
 
         Args:
@@ -72,6 +82,7 @@ class SupervisedProcess:
             env: Its whole environment.
             log_directory: An existing folder for its two outputs.
             log_name: Their name there, without ``.out`` and ``.err``.
+            server: Where to fork it, if the command is this Python and a script.
         """
         self._stdout = log_directory / f"{log_name}.out"
         self._stderr = log_directory / f"{log_name}.err"
@@ -79,6 +90,13 @@ class SupervisedProcess:
         self._seconds: float | None = None
         self._stopped = False
         with open(self._stdout, "wb") as stdout, open(self._stderr, "wb") as stderr:
+            self._process: subprocess.Popen[bytes] | ForkedProcess
+            if server is not None:
+                try:
+                    self._process = server.start(command[1:], env=env, stdout=stdout, stderr=stderr)
+                    return
+                except OSError as error:
+                    give_up(error)
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-S", str(_SUPERVISOR), str(os.getpid()), *command],
                 env=dict(env),
@@ -150,9 +168,13 @@ class ProcessSet:
         self.directory.mkdir(parents=True, exist_ok=True)
         self.processes: list[SupervisedProcess] = []
 
-    def start(self, command: Sequence[str], *, env: Mapping[str, str], name: str) -> None:
+    def start(
+        self, command: Sequence[str], *, env: Mapping[str, str], name: str, server: ForkServer | None = None
+    ) -> None:
         """Starts one more process, whose outputs become ``name.out`` and ``name.err``."""
-        self.processes.append(SupervisedProcess(command, env=env, log_directory=self.directory, log_name=name))
+        self.processes.append(
+            SupervisedProcess(command, env=env, log_directory=self.directory, log_name=name, server=server)
+        )
 
     def wait(self, timeout: float, *, failure_grace: float | None) -> bool:
         """Waits for all to end, then stops those that have not.

@@ -3,7 +3,8 @@
     python rank_main.py JOB_FILE
 
 The job file is a pickle written by the parent into a folder that only its user can enter; the result goes to the same
-folder. This file must not import the package: a rank whose function needs only torch then starts in half the time.
+folder. This file must not import the package: a rank that is a new process and needs only torch then starts in half
+the time.
 """
 
 import faulthandler
@@ -61,7 +62,7 @@ def _call(job: dict[str, Any]) -> Any:
         init_method=f"file://{job['store']}",
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
-        timeout=timedelta(seconds=job["timeout"]),
+        timeout=timedelta(seconds=job["collective_timeout"]),
     )
     result = pickle.dumps(function(*args))
     if dist.is_initialized():

@@ -1,4 +1,4 @@
-"""A small program that runs one command and leaves nothing of it behind; started as a script, never imported.
+"""A small program that runs one command and leaves nothing of it behind; the fork server uses its two functions, too.
 
     python -I -S supervisor.py PARENT_PID COMMAND [ARGUMENT ...]
 
@@ -48,7 +48,7 @@ def _children() -> list[int]:
 
 
 def _kill_everything(group: int) -> None:
-    """Kills the command's process group, then children until this process has none."""
+    """Kills the process group, then children until this process has none."""
     try:
         os.killpg(group, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):
@@ -65,26 +65,8 @@ def _kill_everything(group: int) -> None:
             return
 
 
-def _become(command: list[str], parent: int, mask: set[signal.Signals]) -> None:
-    """Turns this freshly forked process into `command`, in a process group of its own."""
-    try:
-        os.setpgid(0, 0)
-        # A second line of defence: the command itself also dies if the supervisor is killed.
-        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            return
-        # Python ignores SIGPIPE, and what is ignored stays so across exec.
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        os.execvp(command[0], command)
-    except OSError as error:
-        print(f"cannot start {command[0]}: {error}", file=sys.stderr, flush=True)
-    finally:
-        os._exit(127)
-
-
 def _wait(child: int) -> int:
-    """Returns the command's exit code, or minus the signal that ended the command or this process."""
+    """Returns the exit code of the process, or minus the signal that ended it or this one."""
     while True:
         received = signal.sigwait(_END_SIGNALS | {signal.SIGCHLD})
         if received in _END_SIGNALS:
@@ -101,28 +83,73 @@ def _wait(child: int) -> int:
                 break
 
 
-def main() -> None:
-    """Runs the command given on the command line."""
-    parent, command = int(sys.argv[1]), sys.argv[2:]
+def fork() -> int:
+    """Forks a process that :func:`supervise` is to watch over.
+
+    This process becomes the reaper of all that the new one starts. Signals to it wait for :func:`supervise`.
+
+    Returns:
+        0 in the new process, which leads a process group of its own and dies if this one does; in this one, its number.
+    """
     # Signals are waited for, not handled, so none can slip in between a check and a wait.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _END_SIGNALS | {signal.SIGCHLD})
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:
-        # The parent died before the request above could take effect.
-        sys.exit(1)
-
     supervisor = os.getpid()
     child = os.fork()
     if child == 0:
-        _become(command, supervisor, {signal.Signals(number) for number in mask})
+        os.setpgid(0, 0)
+        # A second line of defence.
+        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != supervisor:
+            os._exit(1)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        return 0
     try:
         # The child does the same; whoever comes first, the group exists before it may have to be killed.
         os.setpgid(child, child)
     except OSError:
         pass
+    return child
+
+
+def supervise(child: int) -> int:
+    """Waits until the process ends, or this one is told to end, then kills everything that the process started.
+
+    Args:
+        child: What :func:`fork` has returned.
+
+    Returns:
+        The exit code of the process, or minus the signal that ended it or this process.
+    """
     code = _wait(child)
     _kill_everything(child)
+    return code
+
+
+def _execute(command: list[str]) -> None:
+    """Turns this freshly forked process into `command`; never returns."""
+    try:
+        # Python ignores SIGPIPE, and what is ignored stays so across exec.
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        os.execvp(command[0], command)
+    except OSError as error:
+        print(f"cannot start {command[0]}: {error}", file=sys.stderr, flush=True)
+    finally:
+        os._exit(127)
+
+
+def main() -> None:
+    """Runs the command given on the command line."""
+    parent, command = int(sys.argv[1]), sys.argv[2:]
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        # The parent died before the request above could take effect.
+        sys.exit(1)
+
+    child = fork()
+    if child == 0:
+        _execute(command)
+    code = supervise(child)
 
     if code < 0:
         # End by the same signal, so that the parent sees what happened; the command has left its core file already.

@@ -14,3 +14,11 @@ import sys, types
 package = sys.modules["danon_lightning"] = types.ModuleType("danon_lightning")
 package.__path__ = [{folder!r}]
 """
+
+
+@pytest.fixture(params=["forked", "fresh"])
+def way(request, monkeypatch) -> str:
+    """How run_distributed starts ranks."""
+    if request.param == "fresh":
+        monkeypatch.setattr("danon_lightning.testing.distributed.fork_server", lambda env: None)
+    return request.param

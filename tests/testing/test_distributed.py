@@ -100,7 +100,7 @@ def test_nodes_are_simulated(monkeypatch):
         (_second_rank_is_killed, "rank 1 died by signal 9"),
     ],
 )
-def test_the_failing_rank_is_reported_soon(function, text):
+def test_the_failing_rank_is_reported_soon(function, text, way):
     from danon_lightning.testing import RankFailedError
 
     started = time.monotonic()
@@ -121,7 +121,7 @@ def test_an_unpicklable_result_is_a_failure():
         run_distributed(_returns_something_unpicklable, 1)
 
 
-def test_a_time_out_tells_where_the_ranks_are():
+def test_a_time_out_tells_where_the_ranks_are(way):
     # The shorter one suffices unless the machine is so busy that the ranks are still importing torch.
     for timeout in (4, 30):
         started = time.monotonic()

@@ -135,7 +135,10 @@ def test_nothing_remains():
         assert len(_own_namespaces()) == 3
         with pytest.raises(RuntimeError, match="in use"):
             hosts.__enter__()
-        left = subprocess.Popen([*hosts.command_prefix(0), "sleep", "600"])
+        command = ["sh", "-c", "echo here; exec sleep 600"]
+        left = subprocess.Popen([*hosts.command_prefix(0), *command], stdout=subprocess.PIPE)
+        assert left.stdout.readline() == b"here\n"
+    left.stdout.close()
     assert left.wait(5) == -signal.SIGKILL
     assert not _own_namespaces()
     # They can be used again.
