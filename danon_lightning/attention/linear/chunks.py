@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Chunks", "chunked", "cumulated", "decay_between"]
+__all__ = ["Chunks", "chunked", "cumulated", "decay_between", "decay_to_end"]
 
 # Its exponential is zero in every dtype, and so is the gradient there: raising stronger decays to this changes nothing,
 # keeps minus infinity, that is forgetting everything, out of the differences, and bounds their rounding errors.
@@ -94,3 +94,8 @@ def decay_between(log_decay: Tensor, dtype: torch.dtype) -> Tensor:
     future = torch.ones(moments, moments, dtype=torch.bool, device=log_decay.device).triu(1)
     differences = (log_decay.unsqueeze(-1) - log_decay.unsqueeze(-2)).to(dtype)
     return differences.masked_fill_(future, float("-inf")).exp_()
+
+
+def decay_to_end(log_decay: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the decay from each token to the end of its chunk ``[..., C, 1]``."""
+    return (log_decay[..., -1:] - log_decay).exp().to(dtype).unsqueeze(-1)
