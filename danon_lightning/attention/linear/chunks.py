@@ -91,9 +91,12 @@ def decay_between(log_decay: Tensor, dtype: torch.dtype) -> Tensor:
         exp(G_i - G_j), ``[..., m, m]``.
     """
     moments = log_decay.shape[-1]
-    future = torch.ones(moments, moments, dtype=torch.bool, device=log_decay.device).triu(1)
-    differences = (log_decay.unsqueeze(-1) - log_decay.unsqueeze(-2)).to(dtype)
-    return differences.masked_fill_(future, float("-inf")).exp_()
+    future = torch.full((moments, moments), float("-inf"), dtype=dtype, device=log_decay.device).triu_(1)
+    # The difference of what is rounded off on top of that of what is left: as precise, and faster than to round later.
+    coarse = log_decay.to(dtype)
+    fine = (log_decay - coarse).to(dtype)
+    differences = coarse.unsqueeze(-1) - coarse.unsqueeze(-2)
+    return differences.add_(fine.unsqueeze(-1) - fine.unsqueeze(-2)).add_(future).exp_()
 
 
 def decay_to_end(log_decay: Tensor, dtype: torch.dtype) -> Tensor:
