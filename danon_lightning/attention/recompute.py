@@ -31,7 +31,7 @@ class PieceWork:
         raise NotImplementedError
 
     def give(self, totals: Sequence[Tensor], start: int, stop: int, grads: Sequence[Tensor]) -> None:
-        """Add gradients of what ``take`` returned to those of the tensors; as it is, for a ``take`` that gives views."""
+        """Add gradients of what ``take`` returned to those of the tensors; this does where it returned views."""
         for view, grad in zip(self.take(totals, start, stop), grads, strict=True):
             view += grad
 
