@@ -1,16 +1,18 @@
 """The whole past in one matrix a head, by the gated delta rule."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from danon_lightning.attention.core import State
 from danon_lightning.attention.layers import ZeroLinear
 from danon_lightning.attention.linear.functional import gated_delta_rule
 from danon_lightning.attention.pieces import tokens_at_once
-from danon_lightning.attention.recompute import Scan, in_pieces
+from danon_lightning.attention.recompute import Scan, in_pieces, is_traced
 
 __all__ = ["RecurrentState"]
 
@@ -147,7 +149,8 @@ class RecurrentState(nn.Module):
         if matrix is None:
             precise = torch.promote_types(torch.promote_types(q.dtype, v.dtype), torch.float32)
             matrix = torch.zeros(*q.shape[:2], q.shape[-1], v.shape[-1], device=q.device, dtype=precise)
-        whole = max(1, tokens_at_once(q.device) // step) * step
+        # More matrices for each token than attention has: pieces are half as long.
+        whole = max(1, tokens_at_once(q.device) // 2 // step) * step
         work = Scan(self._advance, sequences=5)
         (read,), matrix = in_pieces(work, (q, k, v, log_decay, rates, self.gain), length, whole, matrix)
         if state is None:
@@ -203,7 +206,30 @@ class RecurrentState(nn.Module):
 
 def _scaled(x: Tensor, eps: float) -> Tensor:
     """Divide by the root of the sum of squares of the last dimension, and of ``eps``."""
+    result: Tensor = _over_root(x, eps)[0] if is_traced(x) else _Scaled.apply(x, eps)
+    return result
+
+
+def _over_root(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return the quotient, and one over the root."""
     # Several times as fast as normalize and rms_norm on CPUs.
-    wide = torch.promote_types(x.dtype, torch.float32)
-    square = torch.linalg.vecdot(x.to(wide), x.to(wide)).unsqueeze(-1)
-    return x * (square + eps).rsqrt().to(x.dtype)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    root = (torch.linalg.vecdot(wide, wide).unsqueeze(-1) + eps).rsqrt().to(x.dtype)
+    return x * root, root
+
+
+class _Scaled(torch.autograd.Function):
+    """The same with a third of the passes that autograd makes backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        result, root = _over_root(x, eps)
+        ctx.save_for_backward(result, root)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        result, root = ctx.saved_tensors
+        along = torch.linalg.vecdot(grad, result).unsqueeze(-1)
+        return (grad - result * along).mul_(root), None
