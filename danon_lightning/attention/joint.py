@@ -89,10 +89,10 @@ class _JointAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.dropout_p, ctx.seed = dropout_p, seed
         if known is None:
-            attend = attention_part
+            sets, attend = _sets(tensors), attention_part
             if dropout_p > 0.0:
-                attend = partial(_attend_and_drop, keep=dropout_factors(dropout_p, seed, tensors[0].device))
-            known = _attend(_sets(tensors), rows, attend)
+                attend = partial(_attend_and_drop, keep=dropout_factors(dropout_p, seed, sets[0].query.device))
+            known = _attend(sets, rows, attend)
         ctx.save_for_backward(*tensors, *known)
         ctx.mark_non_differentiable(known.lses)
         return known.output, known.lses

@@ -31,7 +31,10 @@ def replace(chunks: Chunks, state: Tensor) -> tuple[Tensor, Tensor]:
         The output ``[N, T, C, dv]`` and the new state.
     """
     # Compilers and exporters find the backward pass by themselves.
-    output, last, *_ = _advance(*chunks, state) if torch.compiler.is_compiling() else _Replace.apply(*chunks, state)
+    q, k, v, log_decay, beta = chunks
+    assert beta is not None
+    advance = _advance if torch.compiler.is_compiling() else _Replace.apply
+    output, last, *_ = advance(q, k, v, log_decay, beta, state)
     return output, last
 
 

@@ -254,10 +254,8 @@ class _Work(PieceWork):
             q = rotate(q, tables[:, start - first : start - first + tokens])
             cells[0] = rotate(cells[0], tables[:, : cells[0].shape[2]])
         q = q * width**-0.5
-        return [
-            self._level(level, start, q, *cells[3 * level : 3 * level + 3], level_bias)
-            for level in range(self.num_levels)
-        ]
+        levels = zip(cells[::3], cells[1::3], cells[2::3], strict=True)
+        return [self._level(level, start, q, *level_cells, level_bias) for level, level_cells in enumerate(levels)]
 
     def _blocks(self, level: int, start: int, stop: int) -> slice:
         """Return the blocks of a level that queries lie in."""
