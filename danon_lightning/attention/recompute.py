@@ -130,7 +130,8 @@ class _InPieces(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         work, (inputs, outputs) = ctx.work, ctx.counts
-        tensors, rest = ctx.saved_tensors[:inputs], ctx.saved_tensors[inputs:]
+        saved = ctx.saved_tensors  # Once: checkpoints of the caller forbid to ask again.
+        tensors, rest = saved[:inputs], saved[inputs:]
         results, states = (rest[:outputs], rest[outputs:]) if work.resumes else ((), rest)
         grad_output, grad_state = grads[0], grads[-1]
         # Some of them are sums of many small ones.
