@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from danon_lightning.attention.dala.blocks import Blocks
 from danon_lightning.attention.dala.memory import memory_scores, select_memory
 from danon_lightning.attention.functional import dala_attention, dala_attention_reference, full_attention
 from danon_lightning.attention.merging import MASKED
@@ -264,13 +263,6 @@ def test_memory_grows_with_the_length_and_not_its_square():
             q, q, q, log_importance=importance, block_size=16, memory_size=16, distance_decay=decay, window_width=9.0
         )
     assert max(sizes) <= length * 2 * 16
-
-
-def test_pieces_put_together_are_the_whole():
-    x = torch.randn(2, 3, 50, 4)
-    blocks = Blocks(length=50, size=4, count=13, at_once=5)
-    assert torch.equal(blocks.join(list(blocks.cut(x)), dim=2), x)
-    assert [piece.shape[2] for piece in blocks.cut(x)] == [5, 5, 3]
 
 
 def test_shapes_can_be_found_on_the_meta_device():

@@ -1,14 +1,18 @@
 """The whole past in one matrix a head, by the gated delta rule."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from danon_lightning.attention.core import State
 from danon_lightning.attention.layers import ZeroLinear
 from danon_lightning.attention.linear.functional import gated_delta_rule
+from danon_lightning.attention.pieces import tokens_at_once
+from danon_lightning.attention.recompute import Scan, in_pieces, is_traced
 
 __all__ = ["RecurrentState"]
 
@@ -126,36 +130,54 @@ class RecurrentState(nn.Module):
         Returns:
             What is read ``[b, H, n, d]`` in the dtype of ``v``, and the new state if one was given.
         """
-        query, key = (_scaled(F.silu(part), UNIT_EPS) for part in (q, k))
         gates = torch.promote_types(x.dtype, torch.float32)
         log_decay = F.logsigmoid(self.decay(x).to(gates).transpose(1, 2) + self.decay_offset.to(gates).unsqueeze(-1))
         rates = self.rate(x).to(gates).transpose(1, 2).sigmoid()  # [b, H, n]
         if key_padding_mask is not None:
             padding = ~key_padding_mask.unsqueeze(1)
             log_decay, rates = log_decay.masked_fill(padding, 0.0), rates.masked_fill(padding, 0.0)
+        waiting = 0
+        if state is not None:
+            waiting = state["rates"].shape[-1]
+            q = F.pad(q, (0, 0, waiting, 0))
+            k = torch.cat([state["keys"].to(k.dtype), k], dim=2)
+            v = torch.cat([state["values"].to(v.dtype), v], dim=2)
+            log_decay = torch.cat([state["log_decay"].to(gates), log_decay], dim=2)
+            rates = torch.cat([state["rates"].to(gates), rates], dim=2)
+        length, step = q.shape[2], self.update_frequency
+        matrix = None if state is None else state["matrix"]
+        if matrix is None:
+            precise = torch.promote_types(torch.promote_types(q.dtype, v.dtype), torch.float32)
+            matrix = torch.zeros(*q.shape[:2], q.shape[-1], v.shape[-1], device=q.device, dtype=precise)
+        # More matrices for each token than attention has: pieces are half as long.
+        whole = max(1, tokens_at_once(q.device) // 2 // step) * step
+        work = Scan(self._advance, sequences=5)
+        (read,), matrix = in_pieces(work, (q, k, v, log_decay, rates, self.gain), length, whole, matrix)
         if state is None:
-            read, _ = self._run(query, key, v, log_decay, rates, None)
-            return self._read_out(read), None
-        waiting = state["rates"].shape[-1]
-        key = torch.cat([state["keys"].to(key.dtype), key], dim=2)
-        v = torch.cat([state["values"].to(v.dtype), v], dim=2)
-        log_decay = torch.cat([state["log_decay"].to(gates), log_decay], dim=2)
-        rates = torch.cat([state["rates"].to(gates), rates], dim=2)
-        read, matrix = self._run(F.pad(query, (0, 0, waiting, 0)), key, v, log_decay, rates, state["matrix"])
-        left = v.shape[2] % self.update_frequency
-        kept = slice(v.shape[2] - left, None)
+            return read, None
+        kept = slice(length - length % step, None)
         new_state = {
             "matrix": matrix,
             # Copies, so that the state does not keep the chunk alive.
-            "keys": key[:, :, kept].clone(),
+            "keys": k[:, :, kept].clone(),
             "values": v[:, :, kept].clone(),
             "log_decay": log_decay[:, :, kept].clone(),
             "rates": rates[:, :, kept].clone(),
         }
-        return self._read_out(read[:, :, waiting:]), new_state
+        return read[:, :, waiting:], new_state
+
+    def _advance(
+        self, matrix: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, rates: Tensor, gain: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Take a piece of the sequence in and read; return the new state too."""
+        query, key = (_scaled(F.silu(part), UNIT_EPS) for part in (q, k))
+        read, matrix = self._run(query, key, v, log_decay, rates, matrix)
+        width = read.shape[-1]
+        # Divided by the root mean square.
+        return _scaled(read, self.eps * width) * (gain * width**0.5).to(read.dtype).unsqueeze(1), matrix
 
     def _run(
-        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, rates: Tensor, matrix: Tensor | None
+        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, rates: Tensor, matrix: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return what each query reads, and the state after the last whole group."""
         step = self.update_frequency
@@ -181,15 +203,33 @@ class RecurrentState(nn.Module):
         before, after = read.unflatten(2, (groups, 2, step)).unbind(3)
         return torch.cat([before[:, :, :, :-1], after[:, :, :, -1:]], dim=3).flatten(2, 3)[:, :, :length], matrix
 
-    def _read_out(self, read: Tensor) -> Tensor:
-        """Divide by the root mean square, and multiply by the gain."""
-        width = read.shape[-1]
-        return _scaled(read, self.eps * width) * (self.gain * width**0.5).to(read.dtype).unsqueeze(1)
-
 
 def _scaled(x: Tensor, eps: float) -> Tensor:
     """Divide by the root of the sum of squares of the last dimension, and of ``eps``."""
+    result: Tensor = _over_root(x, eps)[0] if is_traced(x) else _Scaled.apply(x, eps)
+    return result
+
+
+def _over_root(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return the quotient, and one over the root."""
     # Several times as fast as normalize and rms_norm on CPUs.
-    wide = torch.promote_types(x.dtype, torch.float32)
-    square = torch.linalg.vecdot(x.to(wide), x.to(wide)).unsqueeze(-1)
-    return x * (square + eps).rsqrt().to(x.dtype)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    root = (torch.linalg.vecdot(wide, wide).unsqueeze(-1) + eps).rsqrt().to(x.dtype)
+    return x * root, root
+
+
+class _Scaled(torch.autograd.Function):
+    """The same with a third of the passes that autograd makes backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        result, root = _over_root(x, eps)
+        ctx.save_for_backward(result, root)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        result, root = ctx.saved_tensors
+        along = torch.linalg.vecdot(grad, result).unsqueeze(-1)
+        return (grad - result * along).mul_(root), None

@@ -5,17 +5,21 @@ dense tiles. The cost is O(n·(2B + M)); the work goes on a few blocks at a time
 than those of a few blocks where no gradient is wanted.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from danon_lightning.attention.dala.arguments import check_settings, check_tensors
-from danon_lightning.attention.dala.blocks import Blocks, with_block_before
+from danon_lightning.attention.dala.blocks import Blocks
 from danon_lightning.attention.dala.local import distance_coefficients, local_bias
-from danon_lightning.attention.dala.memory import memory_scores, select_memory, take_tokens
-from danon_lightning.attention.merging import MASKED, AttentionPart, attention_part, has_visible_keys, merge_parts
+from danon_lightning.attention.dala.memory import add_to_tokens, memory_scores, select_memory, take_tokens
+from danon_lightning.attention.joint import Joint, KeySet, joint_attention
+from danon_lightning.attention.merging import MASKED
+from danon_lightning.attention.recompute import PieceWork, in_pieces
+from danon_lightning.attention.rotary import cell_positions, rotary_tables, rotate
+from danon_lightning.attention.windows import padded, windows
 
 __all__ = ["DALAStats", "dala_attention"]
 
@@ -146,80 +150,107 @@ def dala_attention(
     memory_tokens = select_memory(scores, block_size, memory_size)
     coefficients = distance_coefficients(distance_decay, window_width, dtype)
 
-    windows = _attend_windows(q, k, v, importance, coefficients, blocks, rope_base, dropout_p)
-    memories = _attend_memories(q, k, v, importance, memory_bias, memory_tokens, blocks, dropout_p)
-    outputs, lses, weights = [], [], []
-    for parts in zip(windows, memories, strict=True) if memory_tokens.shape[-1] else zip(windows, strict=True):
-        output, lse = merge_parts(parts)
-        if key_padding_mask is not None:
-            output = output.masked_fill(~has_visible_keys(lse).unsqueeze(-1), 0.0)
-        outputs.append(output)
-        if return_stats:
-            lses.append(lse.detach())
-            weights.append((parts[-1].lse.detach() - lses[-1]).exp() if len(parts) > 1 else torch.zeros_like(lses[-1]))
-    joined = blocks.join(outputs, dim=2)
+    tensors = [q, k, v, importance.unsqueeze(1), coefficients]
+    if memory_bias is not None:
+        tensors.append(memory_bias)
+    remembered = memory_tokens.shape[-1] > 0
+    if remembered:
+        masses = importance.gather(1, memory_tokens.clamp(min=0).flatten(1)).view(memory_tokens.shape)
+        # Whole rows are taken of them.
+        tensors += [masses.masked_fill(memory_tokens < 0, MASKED).unsqueeze(1), k.contiguous(), v.contiguous()]
+    seed = int(torch.randint(2**31, ())) if dropout_p > 0.0 else 0
+    work = _Work(blocks, memory_tokens if remembered else None, memory_bias is not None, rope_base, dropout_p, seed)
+    (output, lses), _ = in_pieces(work, tensors, blocks.length, blocks.at_once * blocks.size)
     if not return_stats:
-        return joined
-    return joined, DALAStats(blocks.join(weights, dim=2), blocks.join(lses, dim=2), memory_tokens)
+        return output
+    joint = Joint(output, lses.detach())
+    weight = (joint.lses[..., -1] - joint.lse).exp() if remembered else torch.zeros_like(joint.lse)
+    return output, DALAStats(weight, joint.lse, memory_tokens)
 
 
-def _attend_windows(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    importance: Tensor,
-    coefficients: Tensor,
-    blocks: Blocks,
-    rope_base: float | None,
-    dropout_p: float,
-) -> Iterator[AttentionPart]:
-    """Yield, piece by piece, attention to the own block and the one before; outputs ``[b, H, g, B, d]``."""
-    heads, width = q.shape[1], q.shape[-1]
-    keys, values = blocks.cut_rotated(k, rope_base), iter(blocks.cut(v))
-    masses = iter(blocks.cut(importance[:, None, :, None], MASKED))  # [b, 1, g, B, 1]
-    if blocks.count > 1:
-        keys, values, masses = with_block_before(keys), with_block_before(values), with_block_before(masses, MASKED)
-    tokens = torch.arange(blocks.size * min(blocks.count, 2), device=q.device)
-    distances = tokens[-blocks.size :].unsqueeze(-1) - tokens
-    slopes = blocks.split(coefficients.expand(-1, blocks.count, -1), dim=1)
-    queries = blocks.cut_rotated(q, rope_base)
-    for query, key, value, mass, slope in zip(queries, keys, values, masses, slopes, strict=True):
-        if key.shape[1] != heads:
-            key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
-        bias = local_bias(slope, distances) + mass.mT  # [b, H, g, B, 2B]
-        yield attention_part(query * width**-0.5, key, value, bias, dropout_p=dropout_p)
+class _Work(PieceWork):
+    """Attention of some blocks of queries.
 
+    Args:
+        blocks: How the sequence is cut.
+        tokens: The tokens that each block remembers ``[b, blocks, m]``; ``None``: nothing is remembered.
+        biased: Whether the memory has a bias.
+        rope_base: Base of the rotary embedding.
+        dropout_p: Probability of dropping an attention weight.
+        seed: With the same seed, the same weights are dropped.
+    """
 
-def _attend_memories(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    importance: Tensor,
-    memory_bias: Tensor | None,
-    memory_tokens: Tensor,
-    blocks: Blocks,
-    dropout_p: float,
-) -> Iterator[AttentionPart]:
-    """Yield, piece by piece, attention to the remembered tokens; outputs ``[b, H, g, B, d]``."""
-    heads, width = q.shape[1], q.shape[-1]
-    masses = importance.gather(1, memory_tokens.clamp(min=0).flatten(1)).view(memory_tokens.shape)
-    masses = masses.masked_fill(memory_tokens < 0, MASKED)[:, None, :, None, :]  # [b, 1, blocks, 1, m]
-    keys, values = (_take_pieces(x, memory_tokens, heads, blocks) for x in (k, v))
-    queries = blocks.cut(q)
-    biases = [None] * len(queries) if memory_bias is None else blocks.cut(memory_bias.unsqueeze(-1))
-    for query, key, value, mass, bias in zip(queries, keys, values, blocks.split(masses, dim=2), biases, strict=True):
-        # Expanded, so that it is added in place.
-        part = attention_part(
-            query * width**-0.5, key, value, mass.expand(-1, -1, -1, blocks.size, -1), dropout_p=dropout_p
-        )
-        yield part if bias is None else part._replace(lse=part.lse + bias.squeeze(-1))
+    resumes = True
 
+    def __init__(
+        self, blocks: Blocks, tokens: Tensor | None, biased: bool, rope_base: float | None, dropout_p: float, seed: int
+    ) -> None:
+        """Remember them."""
+        self.blocks, self.tokens, self.biased, self.rope_base = blocks, tokens, biased, rope_base
+        self.dropout_p, self.seed = dropout_p, seed
 
-def _take_pieces(x: Tensor, tokens: Tensor, heads: int, blocks: Blocks) -> Iterator[Tensor]:
-    """Yield, piece by piece, the rows of the given tokens ``[b, blocks, m]``; see ``take_tokens``."""
-    if torch.is_grad_enabled() and x.requires_grad:
-        # The backward pass keeps these anyway, and adds up their gradients once instead of once a piece.
-        yield from blocks.split(take_tokens(x, tokens, heads), dim=2)
-    else:
-        for piece in blocks.split(tokens, dim=1):
-            yield take_tokens(x, piece, heads)
+    def take(self, tensors: Sequence[Tensor], start: int, stop: int) -> Sequence[Tensor]:
+        """Return queries, with the block before keys, values and masses, and what the memory holds."""
+        parts, rest = self._views(tensors, start, stop)
+        if self.tokens is None:
+            return parts
+        here = self.tokens[:, self.blocks.holding(start, stop)]
+        return [*parts, *(take_tokens(x, here, tensors[0].shape[1]) for x in rest)]
+
+    def give(self, totals: Sequence[Tensor], start: int, stop: int, grads: Sequence[Tensor]) -> None:
+        """Undo ``take`` for gradients."""
+        parts, rest = self._views(totals, start, stop)
+        for view, grad in zip(parts, grads, strict=False):
+            view += grad
+        if self.tokens is not None:
+            here = self.tokens[:, self.blocks.holding(start, stop)]
+            for total, grad in zip(rest, grads[len(parts) :], strict=True):
+                add_to_tokens(total, here, grad)
+
+    def _views(self, tensors: Sequence[Tensor], start: int, stop: int) -> tuple[list[Tensor], Sequence[Tensor]]:
+        """Return what is a piece of the tensors, and those from which single tokens are taken."""
+        q, k, v, mass, coefficients, *rest = tensors
+        here, window = self.blocks.holding(start, stop), slice(max(0, start - self.blocks.size), stop)
+        parts = [q[:, :, start:stop], *(x[:, :, window] for x in (k, v, mass))]
+        parts.append(coefficients[:, here] if coefficients.shape[1] > 1 else coefficients)
+        if self.biased:
+            parts.append(rest.pop(0)[:, :, start:stop])
+        if self.tokens is not None:
+            parts.append(rest.pop(0)[:, :, here])
+        return parts, rest
+
+    def run(
+        self, start: int, stop: int, operands: Sequence[Tensor], state: Tensor | None, known: Sequence[Tensor] | None
+    ) -> tuple[tuple[Tensor, ...], None]:
+        """Attend to window and memory."""
+        q, k, v, mass, coefficients, *rest = operands
+        preference = rest.pop(0) if self.biased else None
+        sets = [self._window(start, q, k, v, mass, coefficients)]
+        if self.tokens is not None:
+            masses, keys, values = rest
+            query = padded(q, 0, keys.shape[2] * self.blocks.size - q.shape[2]) * q.shape[-1] ** -0.5
+            query = query.unflatten(2, (-1, self.blocks.size))
+            sets.append(KeySet(query, keys, values, masses.unsqueeze(3), preference))
+        known = None if known is None else Joint(*known)
+        joint = joint_attention(sets, q.shape[2], dropout_p=self.dropout_p, seed=self.seed + start, known=known)
+        return tuple(joint), None
+
+    def _window(self, start: int, q: Tensor, k: Tensor, v: Tensor, mass: Tensor, coefficients: Tensor) -> KeySet:
+        """Return the own block and the one before, which the first block fills up."""
+        size, heads, width = self.blocks.size, q.shape[1], q.shape[-1]
+        count, tokens = -(-q.shape[2] // size), q.shape[2]
+        first = max(0, start - size)
+        positions = cell_positions(first, k.shape[2], 1, q.device)
+        tables = rotary_tables(positions, width, self.rope_base, q.dtype)
+        query = q if tables is None else rotate(q, tables[:, -tokens:])
+        key = k if tables is None else rotate(k, tables)
+        wide = size if self.blocks.count == 1 else 2 * size
+        before, after = wide - size - (start - first), count * size - tokens
+        if k.shape[1] != heads:
+            key, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, v))
+        query = (padded(query, 0, after) * width**-0.5).unflatten(2, (count, size))
+        key, value = (windows(padded(x, before, after), count, size, wide) for x in (key, v))
+        masses = windows(padded(mass.unsqueeze(-1), before, after, MASKED), count, size, wide)  # [b, 1, c, w, 1]
+        columns = torch.arange(wide, device=q.device)
+        distances = columns[-size:].unsqueeze(-1) - columns
+        return KeySet(query, key, value, local_bias(coefficients, distances) + masses.mT)

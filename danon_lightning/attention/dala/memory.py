@@ -10,7 +10,7 @@ from torch import Tensor
 
 from danon_lightning.attention.merging import MASKED
 
-__all__ = ["memory_scores", "select_memory", "take_tokens"]
+__all__ = ["add_to_tokens", "memory_scores", "select_memory", "take_tokens"]
 
 # Blocks whose memories are selected at once: fewer steps after one another, against more candidates a step.
 BLOCKS_AT_ONCE = 8
@@ -83,16 +83,27 @@ def take_tokens(x: Tensor, tokens: Tensor, heads: int) -> Tensor:
     """Return the rows of the given tokens for every query head.
 
     Args:
-        x: Keys or values ``[b, G, n, d]``.
+        x: Keys or values ``[b, G, n, d]``, contiguous.
         tokens: Indices of tokens ``[b, ..., m]``, the same for all heads; negative ones give some row.
         heads: Number of query heads H, a multiple of G.
 
     Returns:
         ``[b, H, ..., m, d]``.
     """
-    batch, groups, length, width = x.shape
+    rows = _rows(x, tokens, heads)
+    # Rows of one matrix: copied whole, unlike by gather.
+    return x.view(-1, x.shape[-1]).index_select(0, rows.flatten()).view(*rows.shape, x.shape[-1])
+
+
+def add_to_tokens(total: Tensor, tokens: Tensor, x: Tensor) -> None:
+    """Add ``x [b, H, ..., m, d]`` to the rows of ``total [b, G, n, d]`` from which ``take_tokens`` takes."""
+    rows = _rows(total, tokens, x.shape[1])
+    total.view(-1, total.shape[-1]).index_add_(0, rows.flatten(), x.to(total.dtype).reshape(-1, x.shape[-1]))
+
+
+def _rows(x: Tensor, tokens: Tensor, heads: int) -> Tensor:
+    """Return the rows of ``x`` as a matrix in which tokens are, ``[b, H, ..., m]``."""
+    batch, groups, length, _ = x.shape
     row = torch.arange(batch * groups, device=x.device).view(batch, groups) * length
     row = row.repeat_interleave(heads // groups, dim=1).view(batch, heads, *[1] * (tokens.dim() - 1))
-    rows = row + tokens.clamp(min=0).unsqueeze(1)
-    # Rows of one matrix: copied whole, unlike by gather.
-    return x.reshape(-1, width).index_select(0, rows.flatten()).view(*rows.shape, width)
+    return row + tokens.clamp(min=0).unsqueeze(1)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Chunks", "chunked", "cumulated", "decay_between"]
+__all__ = ["Chunks", "chunked", "cumulated", "decay_between", "decay_to_end"]
 
 # Its exponential is zero in every dtype, and so is the gradient there: raising stronger decays to this changes nothing,
 # keeps minus infinity, that is forgetting everything, out of the differences, and bounds their rounding errors.
@@ -91,6 +91,14 @@ def decay_between(log_decay: Tensor, dtype: torch.dtype) -> Tensor:
         exp(G_i - G_j), ``[..., m, m]``.
     """
     moments = log_decay.shape[-1]
-    future = torch.ones(moments, moments, dtype=torch.bool, device=log_decay.device).triu(1)
-    differences = (log_decay.unsqueeze(-1) - log_decay.unsqueeze(-2)).to(dtype)
-    return differences.masked_fill_(future, float("-inf")).exp_()
+    future = torch.full((moments, moments), float("-inf"), dtype=dtype, device=log_decay.device).triu_(1)
+    # The difference of what is rounded off on top of that of what is left: as precise, and faster than to round later.
+    coarse = log_decay.to(dtype)
+    fine = (log_decay - coarse).to(dtype)
+    differences = coarse.unsqueeze(-1) - coarse.unsqueeze(-2)
+    return differences.add_(fine.unsqueeze(-1) - fine.unsqueeze(-2)).add_(future).exp_()
+
+
+def decay_to_end(log_decay: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the decay from each token to the end of its chunk ``[..., C, 1]``."""
+    return (log_decay[..., -1:] - log_decay).exp().to(dtype).unsqueeze(-1)

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from danon_lightning.attention.checks import check_heads, check_queries, check_shapes
-from danon_lightning.attention.linear.chunks import Chunks, chunked, cumulated, decay_between
+from danon_lightning.attention.linear.chunks import Chunks, chunked, cumulated, decay_between, decay_to_end
+from danon_lightning.attention.linear.delta import replace
 from danon_lightning.attention.precision import without_autocast
 
 __all__ = ["gated_delta_rule", "gated_linear_attention"]
@@ -108,7 +109,7 @@ def _run(
     outputs = []
     with without_autocast(q.device):
         for chunks in chunked(q, k, v, log_decay, beta, min(chunk_size, length), dtype):
-            output, state = _add_up(chunks, state) if beta is None else _replace(chunks, state)
+            output, state = _add_up(chunks, state) if beta is None else replace(chunks, state)
             outputs.append(output.flatten(1, 2).to(v.dtype))
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
     return output[:, :length].unflatten(0, (batch, heads)), state.unflatten(0, (batch, heads))
@@ -127,50 +128,12 @@ def _add_up(chunks: Chunks, state: Tensor) -> tuple[Tensor, Tensor]:
     dtype, log_decay = state.dtype, chunks.log_decay
     within = (chunks.q @ chunks.k.mT * decay_between(log_decay, dtype)) @ chunks.v
     # What a chunk adds to the state by its end. The states between chunks are sums of these, decayed: one product.
-    added = (chunks.k * _to_end(log_decay, dtype)).mT @ chunks.v  # [N, T, d, dv]
+    added = (chunks.k * decay_to_end(log_decay, dtype)).mT @ chunks.v  # [N, T, d, dv]
     by_chunk = F.pad(cumulated(log_decay[..., -1]), (1, 0))  # [N, T + 1]
     terms = torch.cat([state.unsqueeze(1), added], dim=1).flatten(-2)
     states = (decay_between(by_chunk, dtype) @ terms).unflatten(-1, state.shape[-2:])
     before = chunks.q * log_decay.exp().to(dtype).unsqueeze(-1) @ states[:, :-1]
     return within + before, states[:, -1]
-
-
-def _replace(chunks: Chunks, state: Tensor) -> tuple[Tensor, Tensor]:
-    """Advance the gated delta rule by T chunks.
-
-    With u_t = η_t (v_t - γ_t S_{t-1}ᵀ k_t), what a token adds on top of what its key held, the state is
-    S_t = γ_t S_{t-1} + k_t u_tᵀ. Inside a chunk, G the cumulated decay and S the state before it, this gives the
-    triangular system u_i + η_i Σ_{j<i} e^{G_i - G_j} (k_i · k_j) u_j = η_i v_i - η_i e^{G_i} Sᵀ k_i.
-
-    Args:
-        chunks: The chunks.
-        state: The state before them ``[N, d, dv]``.
-
-    Returns:
-        The output ``[N, T, C, dv]`` and the new state.
-    """
-    q, k, v, log_decay, beta = chunks
-    assert beta is not None
-    dtype = state.dtype
-    decay, from_start = decay_between(log_decay, dtype), log_decay.exp().to(dtype).unsqueeze(-1)
-    # Only what is below the diagonal is read. Both right-hand sides at once: u = free - bound @ S.
-    right = torch.cat([beta * v, beta * from_start * k], dim=-1)
-    solved = torch.linalg.solve_triangular(beta * (k @ k.mT) * decay, right, upper=False, unitriangular=True)
-    free, bound = solved.split([v.shape[-1], k.shape[-1]], dim=-1)
-    # From chunk to chunk the state undergoes an affine map.
-    keys = (k * _to_end(log_decay, dtype)).mT
-    kept = torch.eye(k.shape[-1], dtype=dtype, device=k.device) * from_start[..., -1:, :]
-    states = [state]
-    for factor, summand in zip((kept - keys @ bound).unbind(1), (keys @ free).unbind(1), strict=True):
-        states.append(torch.baddbmm(summand, factor, states[-1]))
-    before = torch.stack(states[:-1], dim=1)
-    updates = free - bound @ before
-    return (q * from_start) @ before + (q @ k.mT * decay) @ updates, states[-1]
-
-
-def _to_end(log_decay: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the decay from each token to the end of its chunk ``[N, T, C, 1]``."""
-    return (log_decay[..., -1:] - log_decay).exp().to(dtype).unsqueeze(-1)
 
 
 def _check(

@@ -5,7 +5,7 @@ never a matrix of n x n logits. The cost is O(n·B·L) with L = O(log n) levels;
 at a time, through all levels, so that logits stay in the cache.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, overload
 
 import torch
@@ -14,12 +14,15 @@ from torch import Tensor
 
 from danon_lightning.attention.checks import check_heads, check_mask, check_queries, check_shapes
 from danon_lightning.attention.full import full_attention
-from danon_lightning.attention.merging import MASKED, AttentionPart, attention_part
+from danon_lightning.attention.joint import Joint, KeySet, joint_attention
+from danon_lightning.attention.merging import MASKED, AttentionPart
 from danon_lightning.attention.msra.fusion import FeatureFusion, fuse_levels
 from danon_lightning.attention.msra.geometry import Geometry
 from danon_lightning.attention.pieces import tokens_at_once
-from danon_lightning.attention.pooling import Cells, build_pyramid, token_cells
-from danon_lightning.attention.rotary import apply_rotary, cell_positions
+from danon_lightning.attention.pooling import build_pyramid, token_cells
+from danon_lightning.attention.recompute import PieceWork, in_pieces
+from danon_lightning.attention.rotary import apply_rotary, cell_positions, rotary_tables, rotate
+from danon_lightning.attention.windows import padded, windows
 
 __all__ = ["MSRAStats", "msra_attention"]
 
@@ -150,29 +153,32 @@ def msra_attention(
         key_maps=key_maps,
         value_maps=value_maps,
     )
-    query = apply_rotary(q, cell_positions(0, length, 1, q.device), rope_base) * width**-0.5
-    # Levels that are fused by functions of the user are handed to them whole.
-    piece = _piece_length(geometry, q.device) if feature_fusion == "adaptive" else length
-    queries = query.split(piece, dim=-2)
-    attended = []
+    tensors = [q]
     for level, cells in enumerate(levels):
-        positions = cell_positions(0, cells.num_cells, geometry.span(level), q.device)
-        cells = cells._replace(keys=apply_rotary(cells.keys, positions, rope_base)).for_heads(heads)
-        attended.append(_attend_level(queries, cells, level, geometry, length, causal=causal, dropout_p=dropout_p))
-    biases = [None] * len(queries) if level_bias is None else level_bias.split(piece, dim=-2)
-    outputs, lses = [], []
-    for bias, *parts in zip(biases, *attended, strict=True):
-        if bias is not None:
-            parts = [part._replace(lse=part.lse + bias[..., level]) for level, part in enumerate(parts)]
-        outputs.append(fuse_levels(parts, feature_fusion, may_be_blind=key_padding_mask is not None))
-        if return_stats:
-            lses.append(torch.stack([part.lse for part in parts], dim=-1).detach())
-    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-2)
+        keys = cells.keys
+        if level > 0:
+            keys = apply_rotary(keys, cell_positions(0, cells.num_cells, geometry.span(level), q.device), rope_base)
+        tensors += [keys, cells.values, cells.log_mass.unsqueeze(1)]
+    if level_bias is not None:
+        tensors.append(level_bias)
+    seed = int(torch.randint(2**31, ())) if dropout_p > 0.0 else 0
+    work = _Work(geometry, len(levels), length, rope_base, causal, dropout_p, seed)
+    if feature_fusion == "adaptive":
+        (output, lses), _ = in_pieces(work, tensors, length, _piece_length(geometry, q.device))
+    else:
+        # Functions of the user get the levels whole.
+        sets = work.sets(0, work.take(tensors, 0, length))
+        parts = [
+            joint_attention([keys], length, dropout_p=dropout_p, seed=seed + level) for level, keys in enumerate(sets)
+        ]
+        lses = torch.cat([part.lses for part in parts], dim=-1)
+        levels_seen = [AttentionPart(part.output, part.lse) for part in parts]
+        output = fuse_levels(levels_seen, feature_fusion, may_be_blind=key_padding_mask is not None)
     if not return_stats:
         return output
-    lse = torch.cat(lses, dim=-2)
+    lses = lses.detach()
     unused = geometry.num_levels - len(levels)
-    return output, MSRAStats(F.pad(torch.softmax(lse, dim=-1), (0, unused)), torch.logsumexp(lse, dim=-1))
+    return output, MSRAStats(F.pad(torch.softmax(lses, dim=-1), (0, unused)), torch.logsumexp(lses, dim=-1))
 
 
 def _piece_length(geometry: Geometry, device: torch.device) -> int:
@@ -185,81 +191,108 @@ def _piece_length(geometry: Geometry, device: torch.device) -> int:
     return block * max(1, limit // block) if level + 1 == geometry.num_levels else block
 
 
-def _attend_level(
-    queries: Sequence[Tensor],
-    cells: Cells,
-    level: int,
-    geometry: Geometry,
-    length: int,
-    *,
-    causal: bool,
-    dropout_p: float,
-) -> Iterator[AttentionPart]:
-    """Attend to the cells of one level, their keys rotated and repeated for the query heads, piece by piece.
+class _Work(PieceWork):
+    """Attention of a piece of the queries to the cells of all levels.
 
-    A piece consists of whole blocks of the level, or lies within one.
-    """
-    size, block = geometry.block_size, geometry.block_length(level)
-    # Queries of one group see the same cells: a single token at level 0, above it a block of the level below.
-    group = 1 if level == 0 else geometry.block_length(level - 1)
-    blocks = -(-length // block)
-    # The cells at the end of the own block are too near for every query of a causal level.
-    own = size - 2 * size // geometry.pool_factor if level > 0 and causal else size
-    keys, values, masses = (
-        _windows(x, blocks, size, own, causal=causal, fill=fill)
-        for x, fill in ((cells.keys, 0.0), (cells.values, 0.0), (cells.log_mass.unsqueeze(-1), MASKED))
-    )
-    at_once = -(-queries[0].shape[-2] // block)  # blocks
-    # A split and not slices: each of many slices would fill up its gradient with zeros to the whole length.
-    windows = list(
-        zip(
-            keys.split(at_once, dim=-3),
-            values.split(at_once, dim=-3),
-            masses.squeeze(-1).split(at_once, dim=-2),
-            strict=True,
-        )
-    )
-    columns = torch.arange(keys.shape[-2], device=keys.device)
-    start = 0
-    for query in queries:
-        key, value, mass = windows[start // block // at_once]
-        count, tokens = key.shape[-3], query.shape[-2]
-        # In tokens of a block, of which all have the same pattern, but not fewer than there are.
-        rows = -(-(tokens if count == 1 else block) // group)
-        padded = F.pad(query, (0, 0, 0, count * rows * group - tokens)) if tokens > group else query
-        # A window starts one block early, if there is an earlier block at all.
-        first = start % block + (block if blocks > 1 else 0)
-        positions = first + torch.arange(rows, device=keys.device) * group
-        visible = geometry.visible(positions.unsqueeze(-1), columns, level, causal=causal)
-        bias = mass.unsqueeze(-2).masked_fill(~visible, MASKED).unsqueeze(1)  # [b or 1, 1, blocks, rows, w]
-        part = attention_part(padded.unflatten(-2, (count, -1)), key, value, bias, dropout_p=dropout_p)
-        yield AttentionPart(part.output.flatten(-3, -2)[..., :tokens, :], part.lse.flatten(-2)[..., :tokens])
-        start += tokens
-
-
-def _windows(x: Tensor, blocks: int, size: int, own: int, *, causal: bool, fill: float = 0.0) -> Tensor:
-    """Return for each block its neighbourhood: the block before, the first ``own`` cells of it, the block after.
+    A piece consists of whole blocks of a level, or lies within one.
 
     Args:
-        x: Cells ``[..., m, d]``, m at most ``blocks * size``.
-        blocks: Number of blocks.
-        size: Cells in a block.
-        own: Cells of the own block that are needed.
-        causal: ``True`` leaves the block after out.
-        fill: What stands in for cells outside of ``x``.
-
-    Returns:
-        ``[..., blocks, w, d]``. A single block has no neighbours and is not padded.
+        geometry: The layout of the levels.
+        num_levels: Levels that there are.
+        length: Tokens in the sequence.
+        rope_base: Base of the rotary embedding.
+        causal: Whether a query sees the past only.
+        dropout_p: Probability of dropping an attention weight.
+        seed: With the same seed, the same weights are dropped.
     """
-    if blocks == 1:
-        return x[..., :own, :].unsqueeze(-3)
-    outside = 1 if causal else 2
-    padded = F.pad(x, (0, 0, size, (blocks + outside - 1) * size - x.shape[-2]), value=fill)
-    padded = padded.unflatten(-2, (blocks + outside, size))
-    pieces = [padded[..., :blocks, :, :], padded[..., 1 : blocks + 1, :own, :]]
-    if not causal:
-        pieces.append(padded[..., 2:, :, :])
-    return torch.cat(pieces, dim=-2)
+
+    resumes = True
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        num_levels: int,
+        length: int,
+        rope_base: float | None,
+        causal: bool,
+        dropout_p: float,
+        seed: int,
+    ) -> None:
+        """Remember them."""
+        self.geometry, self.num_levels, self.length = geometry, num_levels, length
+        self.rope_base, self.causal, self.dropout_p, self.seed = rope_base, causal, dropout_p, seed
+
+    def take(self, tensors: Sequence[Tensor], start: int, stop: int) -> Sequence[Tensor]:
+        """Return queries, and of each level keys, values and masses of the blocks of the piece and beside it."""
+        taken = [tensors[0][:, :, start:stop]]
+        for level in range(self.num_levels):
+            blocks = self._blocks(level, start, stop)
+            size = self.geometry.block_size
+            here = slice(max(0, blocks.start - 1) * size, (blocks.stop + (not self.causal)) * size)
+            taken += [x[:, :, here] for x in tensors[1 + 3 * level : 4 + 3 * level]]
+        return taken + [x[:, :, start:stop] for x in tensors[1 + 3 * self.num_levels :]]
+
+    def run(
+        self, start: int, stop: int, operands: Sequence[Tensor], state: Tensor | None, known: Sequence[Tensor] | None
+    ) -> tuple[tuple[Tensor, ...], None]:
+        """Attend."""
+        result = None if known is None else Joint(*known)
+        sets = self.sets(start, operands)
+        return tuple(
+            joint_attention(sets, stop - start, dropout_p=self.dropout_p, seed=self.seed + start, known=result)
+        ), None
+
+    def sets(self, start: int, operands: Sequence[Tensor]) -> list[KeySet]:
+        """Return the keys of each level, laid out for the queries from ``start`` on."""
+        q, *cells = operands
+        level_bias = cells.pop() if len(cells) > 3 * self.num_levels else None
+        tokens, width, device = q.shape[2], q.shape[-1], q.device
+        first = max(0, self._blocks(0, start, start + tokens).start - 1) * self.geometry.block_size
+        positions = cell_positions(first, max(start - first + tokens, cells[0].shape[2]), 1, device)
+        tables = rotary_tables(positions, width, self.rope_base, q.dtype)
+        if tables is not None:
+            q = rotate(q, tables[:, start - first : start - first + tokens])
+            cells[0] = rotate(cells[0], tables[:, : cells[0].shape[2]])
+        q = q * width**-0.5
+        levels = zip(cells[::3], cells[1::3], cells[2::3], strict=True)
+        return [self._level(level, start, q, *level_cells, level_bias) for level, level_cells in enumerate(levels)]
+
+    def _blocks(self, level: int, start: int, stop: int) -> slice:
+        """Return the blocks of a level that queries lie in."""
+        block = self.geometry.block_length(level)
+        return slice(start // block, -(-stop // block))
+
+    def _level(
+        self, level: int, start: int, query: Tensor, key: Tensor, value: Tensor, mass: Tensor, level_bias: Tensor | None
+    ) -> KeySet:
+        """Return the keys of one level."""
+        geometry, tokens, heads = self.geometry, query.shape[2], query.shape[1]
+        size, block = geometry.block_size, geometry.block_length(level)
+        blocks = self._blocks(level, start, start + tokens)
+        count, alone = blocks.stop - blocks.start, block >= self.length
+        # The cells at the end of the own block are too near for every query of a causal level.
+        own = size - 2 * size // geometry.pool_factor if level > 0 and self.causal else size
+        before = size if blocks.start == 0 and not alone else 0
+        if key.shape[1] != heads:
+            key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
+        neighbours = 0 if alone else 1 if self.causal else 2
+        wide = own if alone else own + size if self.causal else 3 * size
+        after = 0 if alone else (count + neighbours) * size - before - key.shape[2]
+        key, value = (windows(padded(x, before, after), count, size, wide) for x in (key, value))
+        masses = windows(padded(mass.unsqueeze(-1), before, after, MASKED), count, size, wide).mT  # [., 1, c, 1, w]
+
+        # Queries of one group see the same cells: a single token at level 0, above it a block of the level below.
+        group = 1 if level == 0 else geometry.block_length(level - 1)
+        # In tokens of a block, of which all have the same pattern, but not fewer than there are.
+        rows = -(-(tokens if count == 1 else block) // group)
+        if tokens > group:
+            query = padded(query, 0, count * rows * group - tokens)
+        # A window starts one block early, if there is an earlier block at all.
+        positions = start % block + (0 if alone else block) + torch.arange(rows, device=key.device) * group
+        columns = torch.arange(key.shape[-2], device=key.device)
+        visible = geometry.visible(positions.unsqueeze(-1), columns, level, causal=self.causal)
+        preference = None if level_bias is None else level_bias[..., level]
+        return KeySet(query.unflatten(2, (count, -1)), key, value, masses.masked_fill(~visible, MASKED), preference)
 
 
 def _check_shapes(

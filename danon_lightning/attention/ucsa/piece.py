@@ -11,9 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from danon_lightning.attention.dropout import dropout_factors
 from danon_lightning.attention.merging import MASKED, AttentionPart, has_visible_keys, merge_parts
 from danon_lightning.attention.ucsa.layout import Layout
-from danon_lightning.attention.ucsa.products import attend, dropout_factors, gradients
+from danon_lightning.attention.ucsa.products import attend, gradients
 from danon_lightning.attention.ucsa.selection import best_cells, bound_query
 from danon_lightning.attention.ucsa.sources import Level, Sources
 from danon_lightning.attention.ucsa.tiles import Tiles

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Grads", "attend", "dropout_factors", "gradients"]
+__all__ = ["Grads", "attend", "gradients"]
 
 
 class Grads(NamedTuple):
@@ -21,17 +21,6 @@ class Grads(NamedTuple):
     query: Tensor
     key: Tensor
     value: Tensor
-
-
-def dropout_factors(dropout_p: float, seed: int, device: torch.device) -> Callable[[torch.Size, torch.dtype], Tensor]:
-    """Return a function that gives what attention weights are multiplied with, the same in every pass of this seed."""
-    generator = torch.Generator(device=device).manual_seed(seed)
-
-    def keep(shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        kept = torch.rand(shape, device=device, generator=generator) >= dropout_p
-        return kept.to(dtype).div_(1.0 - dropout_p)
-
-    return keep
 
 
 def attend(

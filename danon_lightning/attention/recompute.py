@@ -1,0 +1,164 @@
+"""Long sequences piece by piece, of which the backward pass computes again what it needs.
+
+What a piece takes stays in the cache of a processor core, and is memory that the piece before has used: neither time
+nor memory goes into results between that are as long as the sequence. The price is that what is not kept is computed
+twice where there is a backward pass.
+
+Reference:
+    Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost".
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from danon_lightning.attention.precision import without_autocast
+
+__all__ = ["PieceWork", "Scan", "in_pieces", "is_traced"]
+
+
+class PieceWork:
+    """What is done to each piece; it must do the same whenever it is run."""
+
+    # Whether ``run`` can start from its own results when it is run again for the backward pass.
+    resumes = False
+
+    def take(self, tensors: Sequence[Tensor], start: int, stop: int) -> Sequence[Tensor]:
+        """Return what the tokens from ``start`` to ``stop`` need of the tensors."""
+        raise NotImplementedError
+
+    def give(self, totals: Sequence[Tensor], start: int, stop: int, grads: Sequence[Tensor]) -> None:
+        """Add gradients of what ``take`` returned to those of the tensors; this does where it returned views."""
+        for view, grad in zip(self.take(totals, start, stop), grads, strict=True):
+            view += grad
+
+    def run(
+        self, start: int, stop: int, operands: Sequence[Tensor], state: Tensor | None, known: Sequence[Tensor] | None
+    ) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """Compute.
+
+        Args:
+            start: First token.
+            stop: End of the tokens.
+            operands: What ``take`` returned.
+            state: What came before.
+            known: What this very piece has returned before, if it ``resumes`` and is run for the backward pass.
+
+        Returns:
+            Results ``[b, ., stop - start, ...]``, of which the first one has a gradient, and the new state.
+        """
+        raise NotImplementedError
+
+
+class Scan(PieceWork):
+    """Handing a state on along sequences.
+
+    Args:
+        step: ``step(state, *pieces, *constants)`` returns a piece of the output ``[b, ., t, ...]`` and the new state.
+        sequences: How many of the tensors are sequences ``[b, ., n, ...]``; the others are constants.
+    """
+
+    def __init__(self, step: Callable[..., tuple[Tensor, Tensor | None]], sequences: int) -> None:
+        """Remember them."""
+        self.step, self.sequences = step, sequences
+
+    def take(self, tensors: Sequence[Tensor], start: int, stop: int) -> Sequence[Tensor]:
+        """Return a piece of each sequence, and the constants."""
+        return [x[:, :, start:stop] if i < self.sequences else x for i, x in enumerate(tensors)]
+
+    def run(
+        self, start: int, stop: int, operands: Sequence[Tensor], state: Tensor | None, known: Sequence[Tensor] | None
+    ) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """Make the step."""
+        output, state = self.step(state, *operands)
+        return (output,), state
+
+
+def is_traced(x: Tensor) -> bool:
+    """Tell whether a compiler or exporter looks on, or there are no values: then the whole sequence is one piece."""
+    return torch.compiler.is_compiling() or x.is_meta
+
+
+def in_pieces(
+    work: PieceWork, tensors: Sequence[Tensor], length: int, piece: int, state: Tensor | None = None
+) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """Work on a sequence piece by piece.
+
+    Args:
+        work: What is done to each piece, without autocast.
+        tensors: All that it reads and that may need a gradient.
+        length: Tokens n in the sequence.
+        piece: Tokens in a piece.
+        state: The state before the first token, if there is one.
+
+    Returns:
+        The results ``[b, ., n, ...]``, of which the first one has a gradient, and the last state.
+    """
+    with without_autocast(tensors[0].device):
+        if is_traced(tensors[0]) or (length <= piece and not work.resumes):
+            return work.run(0, length, work.take(tensors, 0, length), state, None)
+        *results, state = _InPieces.apply(work, length, piece, state, *tensors)
+    return tuple(results), state
+
+
+class _InPieces(torch.autograd.Function):
+    """The loop over the pieces, and the one back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, work: PieceWork, length: int, piece: int, state: Tensor | None, *tensors: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        results: tuple[Tensor, ...] = ()
+        states = []
+        for start in range(0, length, piece):
+            stop = min(start + piece, length)
+            states.append(state)
+            outputs, state = work.run(start, stop, work.take(tensors, start, stop), state, None)
+            results = results or tuple(x.new_empty(*x.shape[:2], length, *x.shape[3:]) for x in outputs)
+            for result, output in zip(results, outputs, strict=True):
+                result[:, :, start:stop] = output
+        ctx.work, ctx.length, ctx.piece, ctx.counts = work, length, piece, (len(tensors), len(results))
+        ctx.save_for_backward(*tensors, *(results if work.resumes else ()), *(() if state is None else states))
+        ctx.mark_non_differentiable(*results[1:])
+        ctx.set_materialize_grads(False)
+        return *results, state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        work, (inputs, outputs) = ctx.work, ctx.counts
+        saved = ctx.saved_tensors  # Once: checkpoints of the caller forbid to ask again.
+        tensors, rest = saved[:inputs], saved[inputs:]
+        results, states = (rest[:outputs], rest[outputs:]) if work.resumes else ((), rest)
+        grad_output, grad_state = grads[0], grads[-1]
+        # Some of them are sums of many small ones.
+        totals = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in tensors]
+        for start in reversed(range(0, ctx.length, ctx.piece)):
+            stop = min(start + ctx.piece, ctx.length)
+            state = states[start // ctx.piece].detach().requires_grad_() if states else None
+            operands = [x.detach().requires_grad_() for x in work.take(tensors, start, stop)]
+            known = tuple(x[:, :, start:stop] for x in results) if work.resumes else None
+            with torch.enable_grad(), without_autocast(tensors[0].device):
+                ours, new_state = work.run(start, stop, operands, state, known)
+            wanted = [
+                (x, grad)
+                for x, grad in (
+                    (ours[0], None if grad_output is None else grad_output[:, :, start:stop]),
+                    (new_state, grad_state),
+                )
+                if x is not None and grad is not None
+            ]
+            if not wanted:
+                continue
+            sources = operands if state is None else [*operands, state]
+            found = torch.autograd.grad(
+                [x for x, _ in wanted], sources, [grad for _, grad in wanted], materialize_grads=True
+            )
+            work.give(totals, start, stop, found[: len(operands)])
+            grad_state = None if state is None else found[-1]
+        needed = ctx.needs_input_grad[4:]
+        returned = [t.to(x.dtype) if need else None for t, x, need in zip(totals, tensors, needed, strict=True)]
+        return None, None, None, grad_state, *returned
