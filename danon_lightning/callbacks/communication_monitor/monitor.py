@@ -147,7 +147,9 @@ class CommunicationMonitor(pl.Callback):
         self._ranks, self._warming_up = trainer.world_size, self.warm_up_steps
         self._exchange = ExchangeMeter(trainer, self.every_n_steps)
         self._measured = self._squares = None
-        self._last_decision = 0
+        strategy = trainer.strategy
+        before = strategy.compression_decisions() if isinstance(strategy, HasCompressionDecisions) else ()
+        self._last_decision = max((step for step, _, _ in before), default=0)  # what a checkpoint tells was logged then
         self._totals = RunTotals()
         self._has_stages = isinstance(trainer.strategy, HasTimeline)
         self._times.begin(trainer, pl_module, self)

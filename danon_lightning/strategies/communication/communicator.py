@@ -255,7 +255,7 @@ class GradientCommunicator:
         else:
             auto.exchanges = int(state.get("step", 0))
         active = saved["active"] if saved is not None else state.get("compressor")
-        follows = saved is not None and saved["active"] == saved["next"] and active in candidates
+        follows = saved is not None and active == saved["next"] == auto.controller.current
         if follows or not has_residual(state):
             self._change_to(candidates.get(auto.controller.current))
             return

@@ -216,8 +216,8 @@ class Controller:
         return {"current": self.current, "has_chosen": self._has_chosen, "chooser": self._chooser.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on, as far as the choice is still a candidate."""
-        if state["current"] in self.candidates:
+        """Go on, as far as there is a choice and the present one is still a candidate."""
+        if self.forecaster is not None and state["current"] in self.candidates:
             self.current, self._has_chosen = state["current"], bool(state["has_chosen"])
             self._chooser.load_state_dict(state["chooser"])
 
