@@ -13,7 +13,7 @@ from danon_lightning.strategies.communication.cost_model import CodingCosts, Lin
 from danon_lightning.strategies.communication.cost_model.traffic import Parameters
 
 # What is measured confirms a prediction if the step is as long by this share.
-_TOLERANCE = 0.1
+_TOLERANCE, _NOTICEABLE = 0.1, 0.03
 # Steps tell how fast the link is if twice the bandwidth would shorten what the exchange adds at least to this share.
 _SENSITIVE = 0.8
 _SLOWEST, _FASTEST = 2.0**-14, 2.0**14
@@ -64,7 +64,11 @@ class Forecaster:
 
     def confirms(self, measured: Measured, exposed_seconds: float) -> bool:
         """Whether the prediction has turned out right."""
-        return abs(measured.exposed_seconds - exposed_seconds) <= _TOLERANCE * measured.step_seconds
+        difference, step = exposed_seconds - measured.exposed_seconds, measured.step_seconds
+        # Half of what was expected: on a faster link something less lossy may do, though there is little to be gained.
+        if difference > max(measured.exposed_seconds, _NOTICEABLE * step):
+            return False
+        return abs(difference) <= _TOLERANCE * step
 
     def fit(
         self, name: str, compressor: Candidate, measured: Measured, buckets: Sequence[Parameters], step: int
