@@ -93,6 +93,7 @@ PUBLIC = {
     "danon_lightning.optim": ["OneBitAdam"],
     "danon_lightning.strategies": [
         "AsyncSync",
+        "AutoCompression",
         "Bf16Compressor",
         "Compressor",
         "Context",

@@ -1,6 +1,7 @@
 """Strategies: how a LightningModule is spread over processes, nodes and links."""
 
 from danon_lightning.strategies.communication import (
+    AutoCompression,
     Bf16Compressor,
     Compressor,
     Context,
@@ -25,6 +26,7 @@ from danon_lightning.strategies.sync import AsyncSync, PeriodicSync
 
 __all__ = [
     "AsyncSync",
+    "AutoCompression",
     "Bf16Compressor",
     "Compressor",
     "Context",

@@ -14,7 +14,7 @@ from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.strategies.registry import _StrategyRegistry
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import _augment_message
 from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
@@ -23,6 +23,7 @@ from typing_extensions import override
 
 from danon_lightning.optim import OneBitAdam
 from danon_lightning.strategies.communication import (
+    AutoCompression,
     Compressor,
     ErrorFeedback,
     GradientCommunicator,
@@ -30,10 +31,11 @@ from danon_lightning.strategies.communication import (
     available_compressors,
     get_compressor,
 )
+from danon_lightning.strategies.communication.adaptive.settings import check_auto, resolve_auto
 from danon_lightning.strategies.communication.error_feedback import resolve_error_feedback
 from danon_lightning.strategies.communication.layout import check_hierarchical, uses_two_levels
 from danon_lightning.strategies.mesh import Mesh
-from danon_lightning.strategies.optimizer_checks import check_optimizer
+from danon_lightning.strategies.optimizer_checks import allowed_compressions, check_optimizer
 from danon_lightning.strategies.pipeline.arguments import check_arguments
 from danon_lightning.strategies.pipeline.initialization import reproducible
 from danon_lightning.strategies.pipeline.schedules import resolve_schedule
@@ -61,7 +63,8 @@ class DanonHybridStrategy(ReplicatedStrategy):
     Args:
         compression: None for dense gradients; a name of :func:`available_compressors` such as "int8", or a compressor,
             to send coded gradients over the slow links: between nodes where the exchange is hierarchical, else between
-            all ranks.
+            all ranks. "auto", or an :class:`AutoCompression`, to choose between nodes by measurement, again and again,
+            among what the optimizer tolerates.
         error_feedback: Whether what compression leaves out of a step is added to the next one: "auto" for where the
             compressor needs it; or an :class:`ErrorFeedback` with settings of its own (momentum correction, say).
         residual_checkpoint: What checkpoints keep of it: "mean" for one model copy, valid for any number of ranks;
@@ -125,7 +128,7 @@ class DanonHybridStrategy(ReplicatedStrategy):
     def __init__(
         self,
         *,
-        compression: str | Compressor | LinearCompressor | None = None,
+        compression: str | Compressor | LinearCompressor | AutoCompression | None = None,
         error_feedback: bool | Literal["auto"] | ErrorFeedback = "auto",
         residual_checkpoint: Literal["mean", "per_rank"] = "mean",
         hierarchical: bool | Literal["auto"] = "auto",
@@ -170,7 +173,12 @@ class DanonHybridStrategy(ReplicatedStrategy):
         if residual_checkpoint not in ("mean", "per_rank"):
             raise ValueError(f"residual_checkpoint={residual_checkpoint!r} must be 'mean' or 'per_rank'")
         self._sync_mode = resolve_sync_mode(sync_mode)
-        self._compressor = get_compressor(compression)
+        self._auto = resolve_auto(compression)
+        is_auto = isinstance(compression, AutoCompression) or self._auto is not None
+        self._compressor = None if is_auto else get_compressor(compression)  # type: ignore[arg-type]
+        self._announced = 0
+        if self._auto is not None:
+            _check_auto(error_feedback, self._sync_mode, pipeline_parallel_size)
         self._error_feedback = resolve_error_feedback(error_feedback, self._compressor)
         self._residual_checkpoint = residual_checkpoint
         self._saved_memory: dict[str, Any] | None = None
@@ -208,6 +216,9 @@ class DanonHybridStrategy(ReplicatedStrategy):
         strategy_registry.register(
             cls.strategy_name, cls, description="Data parallel with hierarchical, compressible gradient exchange"
         )
+        strategy_registry.register(
+            f"{cls.strategy_name}_auto", cls, description="danon_hybrid, compressing if it pays", compression="auto"
+        )
         for name in available_compressors():
             strategy_registry.register(
                 f"{cls.strategy_name}_{name}", cls, description=f"danon_hybrid with {name} gradients", compression=name
@@ -244,6 +255,7 @@ class DanonHybridStrategy(ReplicatedStrategy):
             facts["pipeline"] = f"{stages}, {self._num_microbatches} micro-batches in {self._schedule.name} order"
         if mesh.data_parallel_size > 1:
             sent = "dense" if self._compressor is None else self._compressor.name
+            sent = sent if self._auto is None else "compressed if it pays"
             two_levels = uses_two_levels(mesh, self._hierarchical)
             facts["gradients"] = f"dense inside a node, {sent} between nodes" if two_levels else f"{sent}, all to all"
         return facts
@@ -258,6 +270,13 @@ class DanonHybridStrategy(ReplicatedStrategy):
         """
         return self._communicator.stats() if self._communicator else {}
 
+    def compression_decisions(self) -> list[tuple[int, str, str]]:
+        """What ``compression="auto"`` has decided, the last ones: after how many exchanges, what, and why.
+
+        What is a compressor's name, or "off" for dense gradients. Alike on all ranks; empty without "auto".
+        """
+        return self._communicator.decisions() if self._communicator is not None else []
+
     @property
     def gradients_agree(self) -> bool:
         """Whether replicas have the same gradients when the optimizer moves: those of the batches of this very step."""
@@ -270,7 +289,7 @@ class DanonHybridStrategy(ReplicatedStrategy):
         None where nobody has looked: without compression, and before the first exchange.
         """
         communicator = self._communicator
-        if communicator is None or self._compressor is None or not communicator.steps:
+        if communicator is None or not communicator.checks_finite or not communicator.steps:
             return None
         return communicator.finite
 
@@ -363,10 +382,11 @@ class DanonHybridStrategy(ReplicatedStrategy):
         self.model.register_comm_hook(self._communicator, self._communicator.hook if exchanges else keep_local)
 
     def _make_communicator(self, module: nn.Module) -> GradientCommunicator:
+        self._announced = 0
         return GradientCommunicator(
             module,
             self.mesh,
-            compression=self._compressor,
+            compression=self._auto or self._compressor,
             error_feedback=self._error_feedback or ("auto" if self._compressor is None else False),
             hierarchical=self._hierarchical,
             device=self.root_device,
@@ -383,6 +403,7 @@ class DanonHybridStrategy(ReplicatedStrategy):
             rank_zero_warn("there is no exchange of gradients: what earlier steps have left out is lost")
         else:
             exact = self._communicator.load_state_dict(self._saved_memory)
+            self._announced = max((step for step, _, _ in self.compression_decisions()), default=0)
             if not exact and self._residual_checkpoint == "per_rank":
                 rank_zero_warn(
                     "the exchange is laid out otherwise than before: the run goes on with all residuals, but not to "
@@ -398,6 +419,9 @@ class DanonHybridStrategy(ReplicatedStrategy):
             raise ValueError(f"sync_mode='periodic' takes one optimizer, there are {len(self.optimizers)}")
         if self._communicator is not None and self._compressor is not None:
             self._check_optimizers(self._communicator, self._compressor, clips=bool(trainer.gradient_clip_val))
+        if self._communicator is not None and self._auto is not None:
+            clips = bool(trainer.gradient_clip_val)
+            self._communicator.allow(allowed_compressions(self._auto, self.optimizers, clips=clips))
         if self._optimizer_sharding:
             self._shard_optimizers()
 
@@ -438,14 +462,22 @@ class DanonHybridStrategy(ReplicatedStrategy):
             self._exchange_late([parameter for parameter in self.model.parameters() if parameter.grad is not None])
         elif not late and communicator is not None and communicator.steps > steps and not communicator.finite:
             self._skip_step(self.model.parameters())
+        self._announce_decisions()
         return loss
+
+    def _announce_decisions(self) -> None:
+        decisions = self.compression_decisions()
+        for step, _, sentence in decisions:
+            if step > self._announced:
+                rank_zero_info(f"step {step}: {sentence}")
+                self._announced = step
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Write a checkpoint, with what compression has left out so far. Every rank must call it."""
         communicator = self._communicator
         full = "optimizer_states" in checkpoint  # not one of weights only
-        if communicator is not None and self._compressor is not None and full:
+        if communicator is not None and (self._compressor is not None or self._auto is not None) and full:
             if self._has_failed or self.lightning_module is not None and self.lightning_module.trainer.interrupted:
                 rank_zero_warn("the checkpoint has no residuals: after an error other ranks cannot be asked for theirs")
             else:
@@ -475,6 +507,20 @@ class DanonHybridStrategy(ReplicatedStrategy):
             self._requeue.end()
         self._stale = self._local = None
         super().teardown()
+
+
+def _check_auto(error_feedback: object, sync_mode: object, stages: int) -> None:
+    """Refuse what does not go with "auto".
+
+    Raises:
+        ValueError: Saying which argument to change.
+    """
+    check_auto(error_feedback, stages)
+    if sync_mode is not None:
+        raise ValueError(
+            "compression='auto' needs sync_mode='full': it weighs what the exchange adds to each step. Name a "
+            "compression, such as 'int8'"
+        )
 
 
 def _leave_process_group() -> None:

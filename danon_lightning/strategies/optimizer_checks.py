@@ -1,10 +1,13 @@
 """Which compression goes with which optimizer."""
 
+from collections.abc import Sequence
+
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import optim
 
 from danon_lightning.optim import OneBitAdam
 from danon_lightning.strategies.communication import (
+    AutoCompression,
     Compressor,
     ErrorFeedback,
     LinearCompressor,
@@ -12,6 +15,8 @@ from danon_lightning.strategies.communication import (
     SignCompressor,
     TopKCompressor,
 )
+from danon_lightning.strategies.communication.adaptive.settings import FOR_ANY_OPTIMIZER, FOR_SGD, label
+from danon_lightning.strategies.communication.error_feedback import resolve_error_feedback
 
 _ADAPTIVE = (
     optim.Adadelta, optim.Adafactor, optim.Adagrad, optim.Adam, optim.Adamax, optim.AdamW, optim.NAdam, optim.RAdam,
@@ -56,9 +61,7 @@ def check_optimizer(
             "which the optimizer divides. Use danon_lightning.optim.OneBitAdam, which compresses its momentum; or "
             "compression='int4', or SGD"
         )
-    if isinstance(compressor, RandomKCompressor) or (
-        isinstance(compressor, TopKCompressor) and not compressor.warmup_steps
-    ):
+    if _is_very_sparse_at_first(compressor):
         hint = (
             "TopKCompressor(warmup_steps=…)" if isinstance(compressor, TopKCompressor) else "TopKCompressor or 'int4'"
         )
@@ -66,6 +69,65 @@ def check_optimizer(
             f"compression={compressor.name!r} with {kind}: the optimizer's mean squares start from very sparse "
             f"gradients, which slows training down at first. Consider {hint}"
         )
+
+
+def tolerates(
+    optimizer: optim.Optimizer,
+    compressor: Compressor | LinearCompressor,
+    feedback: ErrorFeedback | None,
+    *,
+    clips: bool,
+) -> bool:
+    """Whether :func:`check_optimizer` has nothing against it: it neither refuses nor warns. The same on all ranks."""
+    if isinstance(optimizer, _ADAPTIVE) and _is_very_sparse_at_first(compressor):
+        return False
+    try:
+        check_optimizer(optimizer, compressor, feedback, clips=clips)
+    except ValueError:
+        return False
+    return True
+
+
+def allowed_compressions(
+    settings: AutoCompression, optimizers: Sequence[optim.Optimizer], *, clips: bool
+) -> list[Compressor | LinearCompressor | None]:
+    """What "auto" may choose with these optimizers. Candidates that one of them does not tolerate are warned of.
+
+    Args:
+        settings: What was asked for.
+        optimizers: All optimizers.
+        clips: Whether gradients are clipped after the exchange.
+
+    Raises:
+        ValueError: For :class:`OneBitAdam`, whose momentum is exchanged in place of gradients.
+    """
+    if any(isinstance(optimizer, OneBitAdam) for optimizer in optimizers):
+        raise ValueError(
+            "compression='auto' cannot be used with OneBitAdam, which has its momentum compressed: name a compression, "
+            "such as 'sign', or use AdamW"
+        )
+    is_sgd = all(isinstance(optimizer, optim.SGD) for optimizer in optimizers)
+    allowed: list[Compressor | LinearCompressor | None] = []
+    refused = []
+    for candidate in settings.resolve(FOR_SGD if is_sgd else FOR_ANY_OPTIMIZER):
+        feedback = resolve_error_feedback("auto", candidate)
+        if candidate is None or all(tolerates(one, candidate, feedback, clips=clips) for one in optimizers):
+            allowed.append(candidate)
+        else:
+            refused.append(label(candidate))
+    if refused:
+        kinds = ", ".join(sorted({type(optimizer).__name__ for optimizer in optimizers}))
+        rank_zero_warn(
+            f"compression='auto' leaves out {', '.join(refused)}: {kinds} does not train well with it. What is left: "
+            f"{', '.join(label(candidate) for candidate in allowed)}"
+        )
+    return allowed
+
+
+def _is_very_sparse_at_first(compressor: Compressor | LinearCompressor) -> bool:
+    return isinstance(compressor, RandomKCompressor) or (
+        isinstance(compressor, TopKCompressor) and not compressor.warmup_steps
+    )
 
 
 def _check_momentum_correction(optimizer: optim.Optimizer, feedback: ErrorFeedback, kind: str, clips: bool) -> None:

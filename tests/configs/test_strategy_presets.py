@@ -15,7 +15,13 @@ from danon_lightning.train import ALLOWED_PACKAGES, check_targets
 FOLDER = Path(danon_lightning.__file__).parent / "configs/strategy"
 PRESETS = sorted(path.stem for path in FOLDER.glob("hybrid*.yaml"))
 # Those that are named otherwise than what they compress with.
-COMPRESSORS = {"hybrid": None, "hybrid_dgc": "topk", "hybrid_async": None, "hybrid_periodic": "int8"}
+COMPRESSORS = {
+    "hybrid": None,
+    "hybrid_auto": None,
+    "hybrid_dgc": "topk",
+    "hybrid_async": None,
+    "hybrid_periodic": "int8",
+}
 
 
 def composed(*overrides):

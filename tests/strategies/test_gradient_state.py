@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from danon_lightning.strategies import ErrorFeedback, GradientCommunicator, Int4Compressor, Mesh, PowerSGDCompressor
-from danon_lightning.strategies.communication import communicator as communicator_module
+from danon_lightning.strategies.communication import messages
 from danon_lightning.testing import run_distributed
 
 sys.path.insert(0, str(Path(__file__).parent))  # each rank imports this file anew, and its neighbour with it
@@ -150,7 +150,7 @@ def test_regions_of_another_size_preserve_the_sum_too(alone, name, monkeypatch, 
         for step in range(4):
             give(ddp, given_gradients(step, 0))
         torch.save((communicator.state_dict(per_rank=True), communicator.state_dict()), tmp_path / "state")
-    monkeypatch.setattr(communicator_module, "_CPU_REGION_NUMEL", 2048)
+    monkeypatch.setattr(messages, "_CPU_REGION_NUMEL", 2048)
     go_on_elsewhere(alone, name, compressor, feedback, tmp_path / "state")
 
 

@@ -42,6 +42,15 @@ class HasStaleness(Protocol):
         ...
 
 
+@runtime_checkable
+class HasCompressionDecisions(Protocol):
+    """A strategy that chooses by itself what gradients are compressed with."""
+
+    def compression_decisions(self) -> Sequence[tuple[int, str, str]]:
+        """After how many exchanges it has decided, what, and why."""
+        ...
+
+
 class CommunicationMonitor(pl.Callback):
     """Logs what ranks send each other, what that adds to a step, and how evenly they are loaded.
 
@@ -72,6 +81,8 @@ class CommunicationMonitor(pl.Callback):
         - ``gradient_norm``: 2-norm of all gradients before they are clipped, at the last step of the window.
         - ``pipeline_bubble``, ``pipeline_bubble_ideal``: which share of ranks × time the stages were idle in the
           measured step, and which share would be left if all passes took equally long and transfers took no time.
+
+        - ``compression``: a text, to loggers that take text: what the strategy has decided about compression, and why.
 
     Args:
         every_n_steps: The length of a window, in optimizer steps.
@@ -117,6 +128,7 @@ class CommunicationMonitor(pl.Callback):
         self._warming_up = 0
         self._ranks = 1
         self._best_bandwidth = 0.0
+        self._last_decision = 0
         self._metrics = dict.fromkeys(METRICS, math.nan)
 
     @override
@@ -135,6 +147,9 @@ class CommunicationMonitor(pl.Callback):
         self._ranks, self._warming_up = trainer.world_size, self.warm_up_steps
         self._exchange = ExchangeMeter(trainer, self.every_n_steps)
         self._measured = self._squares = None
+        strategy = trainer.strategy
+        before = strategy.compression_decisions() if isinstance(strategy, HasCompressionDecisions) else ()
+        self._last_decision = max((step for step, _, _ in before), default=0)  # what a checkpoint tells was logged then
         self._totals = RunTotals()
         self._has_stages = isinstance(trainer.strategy, HasTimeline)
         self._times.begin(trainer, pl_module, self)
@@ -174,6 +189,7 @@ class CommunicationMonitor(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count the step, and log if the window is over."""
+        self._log_decisions(trainer)
         if not self._times.is_running or not ends_step(trainer):
             return
         assert self._exchange is not None
@@ -192,6 +208,17 @@ class CommunicationMonitor(pl.Callback):
         self._times.begin_window()
         if is_due:
             self._log(trainer, pl_module, seconds, 0 if is_left_out else steps, exchange)
+
+    def _log_decisions(self, trainer: pl.Trainer) -> None:
+        """Write down what the strategy has decided about compression, once each."""
+        if not isinstance(trainer.strategy, HasCompressionDecisions):
+            return
+        for step, name, sentence in trainer.strategy.compression_decisions():
+            if step > self._last_decision:
+                self._last_decision = step
+                with self._writing:
+                    tag = "communication/compression"
+                    logs.text(trainer, tag, f"step {step}, **{name}**: {sentence}", logs.current_step(trainer))
 
     def _log(
         self,

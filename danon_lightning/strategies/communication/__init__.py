@@ -4,6 +4,7 @@ A communicator composes collectives (who exchanges with whom, and how) with a co
 (what compression has left out).
 """
 
+from danon_lightning.strategies.communication.adaptive import AutoCompression
 from danon_lightning.strategies.communication.communicator import GradientCommunicator
 from danon_lightning.strategies.communication.compressors import (
     Bf16Compressor,
@@ -23,6 +24,7 @@ from danon_lightning.strategies.communication.compressors import (
 from danon_lightning.strategies.communication.error_feedback import ErrorFeedback
 
 __all__ = [
+    "AutoCompression",
     "Bf16Compressor",
     "Compressor",
     "Context",

@@ -63,6 +63,21 @@ def gather_state(
     return {**head, "mean": _sum_up(states)}
 
 
+def dense_state(layout: Sequence[int], rank: int) -> State | None:
+    """The same where gradients are dense at present: nothing is owed."""
+    mean: State = {**{kind: {} for kind in _MEAN_KINDS}, "state": {}}
+    head = {"version": _VERSION, "compressor": None, "layout": list(layout), "step": 0}
+    return {**head, "mean": mean} if rank == 0 else None
+
+
+def has_residual(state: State) -> bool:
+    """Whether a state says that something is owed."""
+    if state.get("version") != _VERSION:
+        return True  # nobody knows
+    states = state["ranks"] if "ranks" in state else [state["mean"]]
+    return any(bool(tensor.any()) for one in states for tensor in one["residual"].values())
+
+
 def _head(memory: Memory, layout: Sequence[int]) -> State:
     return {"version": _VERSION, "compressor": memory.compressor.name, "layout": list(layout), "step": memory.step}
 

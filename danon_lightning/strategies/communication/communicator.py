@@ -21,10 +21,23 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from danon_lightning.optim import OneBitAdam
-from danon_lightning.strategies.communication.checkpoint import gather_state, restore_state
+from danon_lightning.strategies.communication.adaptive.adaptation import Adaptation
+from danon_lightning.strategies.communication.adaptive.settings import (
+    AutoCompression,
+    Candidate,
+    check_auto,
+    label,
+    resolve_auto,
+)
+from danon_lightning.strategies.communication.checkpoint import dense_state, gather_state, has_residual, restore_state
 from danon_lightning.strategies.communication.collectives import Exchange, Steps, average
 from danon_lightning.strategies.communication.collectives.exchange import view
-from danon_lightning.strategies.communication.compressors import Compressor, LinearCompressor, get_compressor
+from danon_lightning.strategies.communication.compressors import (
+    Compressor,
+    Int8Compressor,
+    LinearCompressor,
+    get_compressor,
+)
 from danon_lightning.strategies.communication.compressors.base import Region
 from danon_lightning.strategies.communication.error_feedback import ErrorFeedback, resolve_error_feedback
 from danon_lightning.strategies.communication.layout import build_levels, group_of_all
@@ -55,7 +68,9 @@ class GradientCommunicator:
         module: The model, best wrapped in DistributedDataParallel already: its parameters' names are what residuals go
             by, and the wrapper says whether there may be unused ones.
         mesh: Layout of the ranks. The default process group must be initialised.
-        compression: None for dense gradients, a name of :func:`available_compressors`, or a compressor.
+        compression: None for dense gradients, a name of :func:`available_compressors`, or a compressor; "auto", or an
+            :class:`AutoCompression`, to choose by measurement, again and again. Choices are those that any optimizer
+            tolerates, unless candidates are given or :meth:`allow` says more.
         error_feedback: Whether what compression leaves out is added to the next step: "auto" for where the compressor
             needs it; or an :class:`ErrorFeedback` with settings of its own.
         hierarchical: True to sum inside each node first and send only the sums between nodes, False to treat all ranks
@@ -66,8 +81,8 @@ class GradientCommunicator:
 
     Attributes:
         error: What has made the exchange fail; None as long as it works.
-        finite: Whether all gradients of the last exchange were finite, on all ranks. Without compression it is always
-            True: nothing depends on it, so it is not asked.
+        finite: Whether all gradients of the last exchange were finite, on all ranks. Without compression (and without
+            "auto") it is always True: nothing depends on it, so it is not asked.
 
     Raises:
         ValueError: For an unknown compression; ``hierarchical=True`` on a mesh of one level; ranks that are not
@@ -79,7 +94,7 @@ class GradientCommunicator:
         module: nn.Module,
         mesh: Mesh,
         *,
-        compression: "str | Compressor | LinearCompressor | None" = None,
+        compression: "str | Compressor | LinearCompressor | AutoCompression | None" = None,
         error_feedback: "bool | Literal['auto'] | ErrorFeedback" = "auto",
         hierarchical: bool | Literal["auto"] = "auto",
         device: torch.device | str = "cpu",
@@ -95,27 +110,35 @@ class GradientCommunicator:
         self._stats = CommunicationStats()
         timeout = timeout if timeout is not None else default_pg_timeout
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
-        compressor = get_compressor(compression)
+        auto = resolve_auto(compression)
+        if auto is not None:
+            check_auto(error_feedback, mesh.pipeline_parallel_size)
+        compressor = None if isinstance(compression, AutoCompression) or auto else get_compressor(compression)
         feedback = resolve_error_feedback(error_feedback, compressor)
         self._row_bytes, self._region_numel = sizes_for(self._device)
         self._everybody = group_of_all(mesh, self._device, timeout)
         inner, outer = build_levels(
             mesh,
             hierarchical,
-            compressed=compressor is not None,
+            compressed=compressor is not None,  # "auto" compresses between nodes only, where it makes no difference
             row_bytes=_ROW_MARGIN * self._row_bytes,
             device=self._device,
             timeout=timeout,
             stats=self._stats,
         )
-        memory = None
-        if compressor is not None:
-            parameters = dict(self._module.named_parameters())
-            memory = Memory(compressor, feedback, outer.index, outer.size, parameters)
-            if isinstance(module, DistributedDataParallel):
-                memory.unused_parameters = module.find_unused_parameters or module.static_graph
-        self._exchange = Exchange(inner, outer, compressor, memory)
         self._plans: dict[tuple[int, ...], Plan] = {}
+        self._has_unused = isinstance(module, DistributedDataParallel) and (
+            module.find_unused_parameters or module.static_graph
+        )
+        self._exchange = Exchange(inner, outer, None, None)
+        self._compress_with(compressor, feedback)
+        self._auto: Adaptation | None = None
+        self._next: Candidate = None  # what comes once everything is flushed
+        self._exchanged: list[list[tuple[str, Tensor]]] = []
+        if auto is not None:
+            self._auto = Adaptation(auto, mesh, self._everybody, outer, hierarchical=hierarchical, device=self._device)
+            controller = self._auto.controller
+            self.allow([compressor for name, compressor in controller.candidates.items() if controller.allows(name)])
         self._in_flight: deque[_Transfer] = deque()
         self._open: list[_Bucket] = []
         self._scale = 1.0
@@ -141,6 +164,25 @@ class GradientCommunicator:
         """Number of exchanges so far."""
         return self._stats.steps
 
+    @property
+    def checks_finite(self) -> bool:
+        """Whether ``finite`` is asked."""
+        return self._auto is not None or self._exchange.memory is not None
+
+    @property
+    def compression(self) -> str:
+        """What gradients are compressed with at present; "off" for dense ones."""
+        return label(self._exchange.compressor)
+
+    def decisions(self) -> list[tuple[int, str, str]]:
+        """What "auto" has decided, the last ones: after how many exchanges, what, and why. Alike on all ranks."""
+        return [(one.step, one.name, one.sentence) for one in self._auto.decisions] if self._auto is not None else []
+
+    def allow(self, compressions: Sequence[Candidate]) -> None:
+        """Have "auto" choose among these only, which must be candidates, on all ranks before the first exchange."""
+        assert self._auto is not None
+        self._auto.allow({label(compressor) for compressor in compressions if self._tolerates(compressor)})
+
     def exchange_momentum_of(self, optimizer: OneBitAdam) -> None:
         """Exchange the optimizer's momentum in place of gradients, once its variance is frozen.
 
@@ -165,11 +207,17 @@ class GradientCommunicator:
             others, and without compression.
         """
         memory = self._exchange.memory
-        if memory is None:
+        if memory is None and self._auto is None:
             return None
         # Not over a group of its own: a checkpoint may be written after close().
         group = dist.group.WORLD if self._mesh.world_size > 1 else None
-        return gather_state(memory, self._layout, group, per_rank=per_rank)
+        if memory is not None:
+            state = gather_state(memory, self._layout, group, per_rank=per_rank)
+        else:
+            state = dense_state(self._layout, self._mesh.rank)
+        if state is not None and self._auto is not None:
+            state["auto"] = {**self._auto.state_dict(), "active": self.compression, "next": label(self._next)}
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> bool:
         """Go on from a checkpoint, on every rank, before the first ``backward()``.
@@ -183,9 +231,13 @@ class GradientCommunicator:
         Raises:
             ValueError: If it does not fit the model.
         """
+        if self._auto is not None:
+            self._go_on_choosing(self._auto, state)
+            if self._exchange.memory is None:
+                return state.get("compressor") is None
         memory = self._exchange.memory
         if memory is None:
-            if self._mesh.rank == 0:
+            if self._mesh.rank == 0 and has_residual(state):
                 warnings.warn("gradients are no longer compressed: what they still owe is lost", stacklevel=2)
             return False
         # Which regions there are follows from each parameter alone, whatever the buckets will be.
@@ -193,6 +245,25 @@ class GradientCommunicator:
         for parameter in self._module.parameters():
             regions |= self._plan_messages([parameter], parameter.element_size()).regions
         return restore_state(memory, state, regions, self._layout, self._mesh.rank, self._device)
+
+    def _go_on_choosing(self, auto: Adaptation, state: dict[str, Any]) -> None:
+        """Compress as before, or be about to flush what is owed to whatever there was before."""
+        candidates = {label(candidate): candidate for candidate in auto.controller.candidates.values()}
+        saved = state.get("auto")
+        if saved is not None:
+            auto.load_state_dict(saved)
+        else:
+            auto.exchanges = int(state.get("step", 0))
+        active = saved["active"] if saved is not None else state.get("compressor")
+        follows = saved is not None and active == saved["next"] == auto.controller.current
+        if follows or not has_residual(state):
+            self._change_to(candidates.get(auto.controller.current))
+            return
+        compressor = candidates.get(active or "") or Int8Compressor()
+        self._compress_with(compressor, ErrorFeedback())
+        self._next = candidates.get(auto.controller.current)
+        assert self._exchange.memory is not None
+        self._exchange.memory.flush_next = True
 
     @property
     def _levels(self) -> tuple[int, int]:
@@ -314,6 +385,10 @@ class GradientCommunicator:
         ready = torch.cuda.current_stream(self._device).record_event() if self._stream else None
         if first and self._loss_scale is not None:
             self._scale = self._loss_scale()
+        if self._auto is not None:
+            if first:
+                self._auto.start_exchange()
+            self._auto.bucket_is_ready()
         if last:
             self._last_bucket_came = time.perf_counter()
         self._queue.put(_Bucket(buffer, parameters, first, last, overlaps, future, ready, self._scale))
@@ -340,7 +415,10 @@ class GradientCommunicator:
             self._stream.wait_event(bucket.ready)
         if bucket.is_first:
             self._exchange.begin_step(bucket.loss_scale)
+            self._exchanged = []
         self._open.append(bucket)
+        if self._auto is not None:
+            self._exchanged.append([(self._names[id(parameter)], parameter) for parameter in bucket.parameters])
         self._stats.dense_bytes += bucket.buffer.nbytes
         bucket.plan = self._plan(bucket)
         bucket.unfinished = len(bucket.plan.messages)
@@ -405,16 +483,21 @@ class GradientCommunicator:
         (last,) = self._open
         memory = self._exchange.memory
         self._stats.steps += 1
-        if memory is not None:
+        flushes = memory is not None and memory.flush_next
+        if self.checks_finite:
             self._correct_dense(last)
-            self.finite = self._agree(self._exchange.finite)
+            owes = flushes and memory is not None and memory.owes_more()
+            self.finite, is_flushed = self._agree(self._exchange.finite, not owes)
             if self.finite:
-                memory.commit()
+                if memory is not None:
+                    memory.commit()
             else:
-                memory.roll_back()
+                if memory is not None:
+                    memory.roll_back()
                 self._stats.skipped_steps += 1
                 # A gradient scaler must see it too, also where the bad element was not sent.
                 last.buffer.fill_(torch.nan)
+            self._adapt(flushes=flushes, is_flushed=is_flushed)
         now = time.perf_counter()
         if not last.overlaps:
             self._stats.exposed_seconds += now - self._last_bucket_came
@@ -423,12 +506,52 @@ class GradientCommunicator:
         # Only now: backward() may return at once, and what it finds must be complete.
         self._deliver(last)
 
-    def _agree(self, finite: bool) -> bool:
+    def _agree(self, *flags: bool) -> list[bool]:
+        """Whether each is True on all ranks."""
         if self._everybody is None:
-            return finite
-        flag = torch.tensor([finite], dtype=torch.int32, device=self._device)
-        dist.all_reduce(flag, dist.ReduceOp.MIN, group=self._everybody)
-        return bool(flag.item())
+            return list(flags)
+        agreed = torch.tensor(flags, dtype=torch.int32, device=self._device)
+        dist.all_reduce(agreed, dist.ReduceOp.MIN, group=self._everybody)
+        return [bool(flag) for flag in agreed.tolist()]
+
+    def _adapt(self, *, flushes: bool, is_flushed: bool) -> None:
+        """Change the compression, if that has been decided and nothing is owed any more."""
+        if self._auto is None:
+            return
+        decision = self._auto.end_exchange(self._exchanged, finite=self.finite, flushes=flushes)
+        if self.finite and flushes and is_flushed:
+            self._change_to(self._next)
+        if decision is None:
+            return
+        self._next = self._auto.controller.candidates[decision.name]
+        memory = self._exchange.memory
+        if memory is None or memory.feedback is None:
+            self._change_to(self._next)
+        elif self._next is not self._exchange.compressor:
+            memory.flush_next = True
+
+    def _change_to(self, compressor: Candidate) -> None:
+        """Compress otherwise from now on, with nothing owed from before."""
+        self._next = compressor
+        if compressor is self._exchange.compressor:
+            return
+        self._compress_with(compressor, resolve_error_feedback("auto", compressor))
+        assert self._auto is not None
+        if self._exchange.memory is not None:
+            self._exchange.memory.step = self._auto.exchanges
+        self._auto.forget_steps()
+
+    def _compress_with(self, compressor: Candidate, feedback: ErrorFeedback | None) -> None:
+        outer, memory = self._exchange.outer, None
+        if compressor is not None:
+            memory = Memory(compressor, feedback, outer.index, outer.size, dict(self._module.named_parameters()))
+            memory.unused_parameters = self._has_unused
+        self._exchange.compressor, self._exchange.memory = compressor, memory
+        self._plans.clear()
+
+    def _tolerates(self, compressor: Candidate) -> bool:
+        """Whether it can be left again: what is owed to parameters that are not used cannot be flushed."""
+        return compressor is None or not (self._has_unused and compressor.needs_error_feedback)
 
     def _fail(self, error: BaseException, bucket: "_Bucket") -> None:
         if self.error is None:

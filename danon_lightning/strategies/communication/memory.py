@@ -67,6 +67,7 @@ class Memory:
 
     Attributes:
         numels: How many real numbers each parameter has.
+        flush_next: Set it to have the next step, and all after it, send everything dense, and all that is owed with it.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Memory:
         self.numels = {name: real_numel(p) for name, p in parameters.items()}
         self.step = 0
         self.unused_parameters = False
+        self.flush_next = False
         self._momentum_source: MomentumSource | None = None
         self._exchanges_momentum = False
         self._slots: dict[tuple[str, Region], _Slot] = {}
@@ -102,6 +104,8 @@ class Memory:
     @property
     def flushes(self) -> bool:
         """Whether this step sends everything dense, and all that is kept with it."""
+        if self.flush_next:
+            return True
         if self._momentum_source is not None and not self._exchanges_momentum:
             return True
         every = self.feedback.flush_every if self.feedback else None
@@ -204,6 +208,11 @@ class Memory:
         """Forget the step's changes."""
         for slot in self._slots.values():
             slot.touched = False
+
+    def owes_more(self) -> bool:
+        """Whether something is still owed after a step that has flushed what took part in it. Before :meth:`commit`."""
+        left = [slot.residual for slot in self._slots.values() if not slot.touched and slot.residual is not None]
+        return bool(torch.stack([residual.any() for residual in left]).any()) if left else False
 
     def residual_norm(self) -> float:
         """2-norm of this rank's residuals."""

@@ -1,0 +1,81 @@
+"""Which candidate is the best, and whether that is reason enough to change: pure functions of numbers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from danon_lightning.strategies.communication.adaptive.settings import AutoCompression
+
+# A choice that was left again after so few looks was a mistake. It needs twice as many confirmations the next time.
+_MISTAKE = 6
+_MOST_PATIENCE = 16
+
+
+@dataclass
+class Chooser:
+    """Compares predicted step times at each look, with hysteresis.
+
+    It leaves the present choice if another one is faster by ``gain``, or as fast (by ``tie``) and less lossy, at so
+    many looks in a row as ``confirmations``. Which one it goes to is what the last look says.
+
+    Args:
+        settings: The thresholds.
+    """
+
+    settings: AutoCompression
+    _agreeing: int = field(default=0, init=False)
+    _looks_since_change: int = field(default=_MISTAKE, init=False)
+    _patience: dict[str, int] = field(default_factory=dict, init=False)
+
+    def update(self, seconds: Mapping[str, float], current: str, *, at_once: bool = False) -> str:
+        """Look once.
+
+        Args:
+            seconds: Predicted seconds of a step with each candidate, from the least lossy one on.
+            current: The present choice, one of them.
+            at_once: Whether it is the first choice, for which nothing speaks but the numbers.
+
+        Returns:
+            What to choose: ``current``, if there is not reason enough for another one.
+        """
+        self._looks_since_change += 1
+        target = self.best(seconds)
+        if at_once:
+            return target
+        if not self._is_better(seconds, target, current):
+            self._agreeing = 0
+            return current
+        self._agreeing += 1
+        if self._agreeing < self.settings.confirmations * self._patience.get(target, 1):
+            return current
+        if self._looks_since_change < _MISTAKE:
+            self._patience[current] = min(2 * self._patience.get(current, 1), _MOST_PATIENCE)
+        self._agreeing = self._looks_since_change = 0
+        return target
+
+    def best(self, seconds: Mapping[str, float]) -> str:
+        """The least lossy of those that are, by ``tie``, as fast as the fastest."""
+        limit = min(seconds.values()) * (1 + self.settings.tie)
+        return next(name for name, value in seconds.items() if value <= limit)
+
+    def forget_mistakes(self) -> None:
+        """Something has changed: what was a mistake need not be one now."""
+        self._patience.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers."""
+        return {"agreeing": self._agreeing, "looks": self._looks_since_change, "patience": dict(self._patience)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on."""
+        self._agreeing, self._looks_since_change = int(state["agreeing"]), int(state["looks"])
+        self._patience = {name: int(value) for name, value in state["patience"].items()}
+
+    def _is_better(self, seconds: Mapping[str, float], target: str, current: str) -> bool:
+        if target == current:
+            return False
+        if min(seconds.values()) <= (1 - self.settings.gain) * seconds[current]:
+            return True
+        names = list(seconds)
+        is_less_lossy = names.index(target) < names.index(current)
+        return is_less_lossy and seconds[target] <= (1 + self.settings.tie) * seconds[current]

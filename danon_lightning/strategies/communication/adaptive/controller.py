@@ -1,0 +1,235 @@
+"""Looks at what steps take, now and then, and says what gradients are to be compressed with."""
+
+import math
+from collections import deque
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from danon_lightning.strategies.communication.adaptive.choice import Chooser
+from danon_lightning.strategies.communication.adaptive.forecast import Forecaster
+from danon_lightning.strategies.communication.adaptive.measurement import Measured
+from danon_lightning.strategies.communication.adaptive.settings import AutoCompression, Candidate, label
+from danon_lightning.strategies.communication.cost_model.traffic import Parameters
+
+OFF = "off"
+# The first step is slower than all others, and DDP regroups its buckets after it.
+FIRST_LOOK = 2
+# A bandwidth that has changed by this factor since the last look has changed; else it is noise.
+_CHANGED = 1.5
+# Of so many changes in a row, this many to and fro are a contradiction. Then nothing is believed for a while.
+_CHANGES, _TO_AND_FRO, _DISTRUST_LOOKS = 6, 4, 12
+
+_UNCOMPRESSED = "Gradients travel uncompressed"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was decided.
+
+    Attributes:
+        step: After so many exchanges.
+        name: What gradients are compressed with from then on; "off" for dense.
+        sentence: Why.
+    """
+
+    step: int
+    name: str
+    sentence: str
+
+
+class Controller:
+    """Decides on one rank for all. What it is told is agreed over ranks before.
+
+    Args:
+        settings: How readily it changes its mind.
+        candidates: What may be chosen, dense first, by name.
+        forecaster: Predicts steps; None if nothing is known about the links, which makes it stay with dense gradients.
+        reason: Why nothing is known, for the log.
+
+    Attributes:
+        current: Name of the present choice.
+        warning: What is to be warned of once, if anything.
+    """
+
+    def __init__(
+        self,
+        settings: AutoCompression,
+        candidates: Mapping[str, Candidate],
+        forecaster: Forecaster | None,
+        reason: str = "",
+    ) -> None:
+        """See the class."""
+        self.settings, self.candidates, self.forecaster, self._reason = settings, dict(candidates), forecaster, reason
+        self.current = OFF
+        self.warning = ""
+        self._allowed: set[str] = set(candidates)
+        self._chooser = Chooser(settings)
+        self._has_chosen = self._is_verified = self._has_warned = False
+        self._changes: deque[float] = deque(maxlen=_CHANGES)
+        self._distrusted_looks = 0
+
+    @property
+    def distrusts(self) -> bool:
+        """Whether measurements contradict one another at present."""
+        return self._distrusted_looks > 0
+
+    def is_due(self, step: int) -> bool:
+        """Whether to look after exchange number ``step``, counted from 1; the same on all ranks."""
+        return step == FIRST_LOOK or step % self.settings.every_n_steps == 0
+
+    def allow(self, names: Collection[str]) -> None:
+        """From now on, choose among these only. Dense gradients are always allowed."""
+        self._allowed = {OFF, *names} & set(self.candidates)
+
+    def allows(self, name: str) -> bool:
+        """Whether it may be chosen."""
+        return name in self._allowed
+
+    def give_up(self, reason: str) -> None:
+        """Nothing is known any more: the next decision is for dense gradients, for good."""
+        self.forecaster, self._reason, self._has_chosen = None, reason, False
+
+    def wants_probe(self, measured: Measured | None, buckets: Sequence[Parameters], step: int) -> bool:
+        """Compare what was measured with what was predicted; returns whether the link must be probed to tell why.
+
+        Args:
+            measured: Agreed over ranks; None if there is nothing new.
+            buckets: In the order in which they are exchanged.
+            step: Number of exchanges so far.
+        """
+        forecaster = self.forecaster
+        if forecaster is None or measured is None or not self._has_chosen or self.distrusts:
+            return False
+        name, compressor = self.current, self.candidates[self.current]
+        predicted = forecaster.exposed_seconds(name, compressor, measured, buckets, step)
+        if forecaster.confirms(measured, predicted):
+            self._is_verified = True
+            return False
+        # Directly after a change it may be the model that is wrong about the new choice. Later, it is the link.
+        scale = forecaster.fit(name, compressor, measured, buckets, step) if self._is_verified else None
+        if scale is None:
+            return True
+        self._set_scale(scale)
+        return False
+
+    def take_probe(
+        self, bytes_per_second: float | None, measured: Measured, buckets: Sequence[Parameters], step: int
+    ) -> None:
+        """Go by a probe of the link; what is left of the difference is the model's error about the present choice.
+
+        Args:
+            bytes_per_second: Between nodes; None if the probe has failed, which makes this choose dense gradients.
+            measured: As for :meth:`wants_probe`.
+            buckets: The same.
+            step: The same.
+        """
+        forecaster = self.forecaster
+        assert forecaster is not None and forecaster.links.inter is not None
+        if bytes_per_second is None or not 0 < bytes_per_second < math.inf:
+            self._distrust(f"a probe has found {bytes_per_second} bytes a second")
+            return
+        self._set_scale(bytes_per_second / forecaster.links.inter.bytes_per_second)
+        forecaster.correct(self.current, self.candidates[self.current], measured, buckets, step)
+        self._is_verified = True
+
+    def decide(self, measured: Measured | None, buckets: Sequence[Parameters], step: int) -> Decision | None:
+        """What to do from now on; None to go on as before.
+
+        Args:
+            measured: As for :meth:`wants_probe`, which comes first.
+            buckets: The same.
+            step: The same.
+        """
+        first, forecaster = not self._has_chosen, self.forecaster
+        if forecaster is None:
+            self._has_chosen = True
+            return self._decide(step, OFF, f"{_UNCOMPRESSED}: {self._reason}.") if first else None
+        if self.current not in self._allowed:
+            return self._decide(step, OFF, f"{_UNCOMPRESSED}: {self.current} is not among the candidates.")
+        if self.distrusts:
+            self._distrusted_looks -= 1
+            if self.current == OFF:
+                return None
+            return self._decide(
+                step,
+                OFF,
+                f"{_UNCOMPRESSED}, which is safe: measurements of the link contradict one another.",
+            )
+        if measured is None:
+            return None
+        self._has_chosen = True
+        seconds = {
+            name: measured.compute_seconds + forecaster.exposed_seconds(name, compressor, measured, buckets, step)
+            for name, compressor in self.candidates.items()
+            if name in self._allowed
+        }
+        chosen = self._chooser.update(seconds, self.current, at_once=first)
+        if chosen == self.current and not first:
+            return None
+        return self._decide(step, chosen, self._why(chosen, seconds, forecaster.bits_per_second))
+
+    def _decide(self, step: int, name: str, sentence: str) -> Decision:
+        self._is_verified = self._is_verified and name == self.current
+        self.current = name
+        return Decision(step, name, sentence)
+
+    def _set_scale(self, scale: float) -> None:
+        assert self.forecaster is not None
+        before, self.forecaster.scale = self.forecaster.scale, scale
+        change = scale / before
+        if max(change, 1 / change) < _CHANGED:
+            return
+        self._chooser.forget_mistakes()
+        self._changes.append(change)
+        turns = [(one > 1) != (other > 1) for one, other in zip(self._changes, list(self._changes)[1:], strict=False)]
+        if sum(turns) >= _TO_AND_FRO:
+            self._distrust("it seems to change to and fro")
+
+    def _distrust(self, why: str) -> None:
+        self._distrusted_looks = _DISTRUST_LOOKS
+        self._changes.clear()
+        if not self._has_warned:
+            self.warning = (
+                f"measurements of the link between nodes contradict one another ({why}): gradients travel "
+                "uncompressed, which is safe, until they agree for a while"
+            )
+            self._has_warned = True
+
+    def _why(self, chosen: str, seconds: Mapping[str, float], bits_per_second: float) -> str:
+        link = f"at {_bits(bits_per_second)} between nodes"
+        if chosen != OFF:
+            return (
+                f"Gradients are compressed with {chosen}: a step should take {_time(seconds[chosen])} instead of "
+                f"{_time(seconds[OFF])} uncompressed, {link}."
+            )
+        fastest = min(seconds, key=seconds.__getitem__)
+        if fastest == OFF:
+            return f"{_UNCOMPRESSED}: a step should take {_time(seconds[OFF])}, {link}, and no less coded."
+        return (
+            f"{_UNCOMPRESSED}: a step should take {_time(seconds[OFF])}, {link}, and {fastest} would not "
+            f"make it much shorter ({_time(seconds[fastest])})."
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What goes into a checkpoint: plain numbers and strings. Links are probed anew."""
+        return {"current": self.current, "has_chosen": self._has_chosen, "chooser": self._chooser.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on, as far as there is a choice and the present one is still a candidate."""
+        if self.forecaster is not None and state["current"] in self.candidates:
+            self.current, self._has_chosen = state["current"], bool(state["has_chosen"])
+            self._chooser.load_state_dict(state["chooser"])
+
+
+def by_name(candidates: Sequence[Candidate]) -> dict[str, Candidate]:
+    """Candidates by what they are called."""
+    return {label(candidate): candidate for candidate in candidates}
+
+
+def _bits(per_second: float) -> str:
+    return f"{per_second / 1e9:.3g} Gbit/s" if per_second >= 1e9 else f"{per_second / 1e6:.3g} Mbit/s"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"

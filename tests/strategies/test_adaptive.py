@@ -1,0 +1,306 @@
+"""What "auto" decides, as a function of numbers: no rank, no clock."""
+
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import optim
+
+from danon_lightning.optim import OneBitAdam
+from danon_lightning.strategies import AutoCompression, DanonHybridStrategy, TopKCompressor
+from danon_lightning.strategies.communication.adaptive.choice import Chooser
+from danon_lightning.strategies.communication.adaptive.controller import Controller, by_name
+from danon_lightning.strategies.communication.adaptive.forecast import Forecaster
+from danon_lightning.strategies.communication.adaptive.measurement import Measured, from_numbers
+from danon_lightning.strategies.communication.adaptive.settings import FOR_ANY_OPTIMIZER, FOR_SGD, label
+from danon_lightning.strategies.communication.cost_model import CodingCosts, Link, Links, predict_exchange
+from danon_lightning.strategies.optimizer_checks import allowed_compressions
+
+DEVICE = torch.device("cpu")
+# 2 million numbers in two buckets.
+BUCKETS = [[(f"{index}", torch.empty(1000, 1000, device="meta"))] for index in range(2)]
+CODING = CodingCosts(copy=1e-10, add=1e-10, encode=1e-9, decode=1e-9, decode_add=1e-9)
+MBIT = 1e6 / 8
+
+
+def links_at(mbit, ranks=1):
+    return Links(2, ranks, Link(1e-5, 1e10) if ranks > 1 else None, Link(1e-4, mbit * MBIT))
+
+
+class World:
+    """Steps as they would be on links of a given speed, seen by a controller that has probed others."""
+
+    def __init__(self, mbit, *, compute=0.2, settings=None, default=FOR_SGD, slower=None):
+        self.settings = settings or AutoCompression()
+        self.mbit, self.compute, self.slower = mbit, compute, slower or {}
+        candidates = by_name(self.settings.resolve(default))
+        costs = dict.fromkeys(candidates, CODING)
+        self.controller = Controller(
+            self.settings, candidates, Forecaster(links_at(mbit), costs, "auto", DEVICE), "no reason"
+        )
+        self.step = 0
+        self.probes = 0
+
+    def exposed(self, name, mbit=None):
+        seconds = predict_exchange(
+            BUCKETS,
+            links_at(mbit or self.mbit),
+            compression=self.controller.candidates[name],
+            costs=CODING,
+            ready=(0.0, 0.05),
+        ).exposed_seconds
+        return seconds + self.slower.get(name, 0.0)
+
+    def measured(self, noise=1.0):
+        return Measured(self.compute, noise * self.exposed(self.controller.current), (0.0, 0.05))
+
+    def look(self, noise=1.0, probe=None):
+        measured = self.measured(noise)
+        if self.controller.wants_probe(measured, BUCKETS, self.step):
+            self.probes += 1
+            self.controller.take_probe(self.mbit * MBIT if probe is None else probe, measured, BUCKETS, self.step)
+        return self.controller.decide(measured, BUCKETS, self.step)
+
+    def run(self, steps, noise=None):
+        """Returns the decisions."""
+        found = []
+        for _ in range(steps):
+            self.step += 1
+            if self.controller.is_due(self.step):
+                decision = self.look(noise() if noise else 1.0)
+                found += [decision] if decision else []
+        return found
+
+    def fastest(self):
+        return min(self.exposed(name) + self.compute for name in self.controller.candidates)
+
+    def now(self):
+        return self.exposed(self.controller.current) + self.compute
+
+
+@pytest.mark.parametrize("mbit", [10, 100, 1000, 10_000, 100_000])
+@pytest.mark.parametrize("compute", [0.01, 0.2, 5.0])
+def test_the_choice_is_within_three_per_cent_of_the_best_and_the_least_lossy_such(mbit, compute):
+    world = World(mbit, compute=compute)
+    (decision,) = world.run(2)
+    assert decision.step == 2 and decision.name == world.controller.current
+    seconds = {name: world.compute + world.exposed(name) for name in world.controller.candidates}
+    best = min(seconds.values())
+    alike = [name for name, value in seconds.items() if value <= 1.03 * best]
+    assert decision.name == alike[0]
+    assert world.run(200) == []  # and there it stays
+
+
+def test_where_links_are_fast_it_says_why_compression_is_off():
+    (decision,) = World(100_000, compute=0.5).run(2)
+    assert decision.name == "off"
+    assert decision.sentence.startswith("Gradients travel uncompressed: a step should take 50")
+    assert "at 100 Gbit/s between nodes" in decision.sentence and decision.sentence.endswith(".")
+
+
+def test_where_they_are_slow_it_says_what_is_gained():
+    (decision,) = World(100, default=FOR_ANY_OPTIMIZER).run(2)
+    assert decision.name == "int4"
+    assert "compressed with int4: a step should take" in decision.sentence
+    assert "s uncompressed, at 100 Mbit/s between nodes." in decision.sentence
+
+
+@pytest.mark.parametrize("before", [20, 100, 1000, 20_000])
+@pytest.mark.parametrize("after", [20, 100, 1000, 20_000])
+def test_a_change_of_bandwidth_is_answered_within_twenty_steps(before, after):
+    world = World(before, default=FOR_ANY_OPTIMIZER)
+    world.run(53)
+    world.mbit = after
+    world.run(19)
+    assert world.now() <= 1.1 * world.fastest()
+    assert world.run(300) == []
+
+
+def test_noise_does_not_make_it_swing():
+    noise = torch.Generator().manual_seed(0)
+    world = World(400, default=FOR_ANY_OPTIMIZER)
+    world.run(2)
+    decisions = world.run(2000, lambda: 1 + 0.15 * float(torch.randn((), generator=noise)))
+    assert len(decisions) <= 2
+
+
+def test_a_model_that_is_wrong_about_a_candidate_is_corrected_and_the_mistake_not_repeated():
+    """Coding takes longer than was measured, so that what should be faster is not."""
+    slower = {name: 2.0 for name in ("bf16", "int8", "int4")}
+    world = World(100, default=FOR_ANY_OPTIMIZER, slower=slower)
+    world.run(2)
+    assert world.controller.current != "off"
+    world.run(60)
+    assert world.controller.current == "off" and world.now() <= 1.05 * world.fastest()
+    assert world.run(1000) == []
+
+
+def test_contradictory_measurements_make_it_safe_with_one_warning():
+    world = World(100, default=FOR_ANY_OPTIMIZER)
+    world.run(20)
+    assert world.controller.current == "int4"
+    warned = []
+    for look in range(40):
+        world.mbit = 100 if look % 2 else 5
+        world.look()
+        warned += [world.controller.warning] if world.controller.warning else []
+        world.controller.warning = ""
+        if world.controller.distrusts:
+            assert world.controller.current == "off"
+    assert len(warned) == 1 and "contradict one another" in warned[0]
+    world.mbit = 100
+    world.run(200)
+    assert world.controller.current == "int4"  # trust comes back
+
+
+@pytest.mark.parametrize("found", [float("nan"), float("inf"), 0.0, -1.0])
+def test_a_probe_that_finds_nonsense_makes_it_safe(found):
+    world = World(100, default=FOR_ANY_OPTIMIZER)
+    world.run(2)
+    world.mbit = 50_000  # the link no longer decides, so it wants to probe
+    world.look(probe=found)
+    assert world.controller.current == "off" and "contradict" in world.controller.warning
+
+
+def test_without_links_gradients_stay_dense():
+    controller = Controller(AutoCompression(), by_name(AutoCompression().resolve(FOR_SGD)), None, "nobody knows")
+    decision = controller.decide(None, BUCKETS, 2)
+    assert (decision.name, decision.sentence) == ("off", "Gradients travel uncompressed: nobody knows.")
+    assert controller.decide(Measured(1.0, 1.0, (0.0, 0.0)), BUCKETS, 5) is None
+    assert not controller.wants_probe(Measured(1.0, 1.0, (0.0, 0.0)), BUCKETS, 5)
+
+
+def test_a_choice_that_is_no_longer_allowed_is_left_at_once():
+    world = World(100)
+    world.run(2)
+    world.controller.allow(["int8"])
+    decision = world.look()
+    assert decision.name == "off" and "not among the candidates" in decision.sentence
+
+
+def test_hysteresis():
+    chooser = Chooser(AutoCompression(gain=0.1, confirmations=2, tie=0.03))
+    assert chooser.update({"off": 1.0, "int8": 0.92}, "off") == "off"  # not enough
+    assert chooser.update({"off": 1.0, "int8": 0.92}, "off") == "off"
+    assert chooser.update({"off": 1.0, "int8": 0.5}, "off") == "off"  # not confirmed
+    assert chooser.update({"off": 1.0, "int8": 0.95}, "off") == "off"  # a pause begins anew
+    assert chooser.update({"off": 1.0, "int8": 0.5}, "off") == "off"
+    assert chooser.update({"off": 1.0, "int8": 0.5}, "off") == "int8"
+    # Back for nothing but less loss.
+    assert chooser.update({"off": 1.05, "int8": 1.0}, "int8") == "int8"
+    assert chooser.update({"off": 1.02, "int8": 1.0}, "int8") == "int8"
+    assert chooser.update({"off": 1.02, "int8": 1.0}, "int8") == "off"
+    # Soon left again: the next time takes longer.
+    better = [chooser.update({"off": 1.0, "int8": 0.5}, "off") for _ in range(4)]
+    assert better == ["off", "off", "off", "int8"]
+
+
+def test_what_was_a_mistake_takes_more_confirmations():
+    chooser = Chooser(AutoCompression())
+    fast, slow = {"off": 1.0, "int8": 0.5}, {"off": 0.5, "int8": 1.0}
+    looks = []
+    for _ in range(3):
+        for numbers, current, other in ((fast, "off", "int8"), (slow, "int8", "off")):
+            count = 1
+            while chooser.update(numbers, current) != other:
+                count += 1
+            looks.append(count)
+    assert looks[0::2] == [2, 4, 8] and looks[1::2] == sorted(looks[1::2])
+    again = Chooser(AutoCompression())
+    again.load_state_dict(chooser.state_dict())
+    assert again.state_dict() == chooser.state_dict()
+    chooser.forget_mistakes()
+    assert [chooser.update(fast, "off") for _ in range(2)] == ["off", "int8"]
+
+
+def test_ties_go_to_the_least_lossy():
+    chooser = Chooser(AutoCompression())
+    assert chooser.best({"off": 1.02, "bf16": 1.0, "int8": 1.0}) == "off"
+    assert chooser.best({"off": 1.2, "bf16": 1.01, "int8": 1.0}) == "bf16"
+
+
+def test_numbers_of_ranks_that_cannot_be_are_no_measurement():
+    assert from_numbers([1.0, -0.5, 0.0, 0.2, 0.1, 0.0]) == Measured(1.0, 0.5, (0.0, 0.2, 0.2))
+    for numbers in ([1.0, -0.5, 0.0, 1.0], [float("nan"), -0.5, 0.0, 0.0], [1.0, 0.5, 0.0, 0.0], [0.0, -0.0, 0.0, 0.0]):
+        assert from_numbers(numbers) is None
+
+
+# ---- the quality floor
+
+
+def weights():
+    return [torch.nn.Parameter(torch.zeros(3, 3))]
+
+
+def names(settings, *optimizers, clips=False):
+    return [label(one) for one in allowed_compressions(settings, optimizers, clips=clips)]
+
+
+def test_the_floor_depends_on_the_optimizer():
+    assert names(AutoCompression(), optim.AdamW(weights())) == ["off", "bf16", "int8", "int4"]
+    assert names(AutoCompression(), optim.Rprop(weights())) == ["off", "bf16", "int8", "int4"]  # nobody has tried
+    sgd = optim.SGD(weights(), lr=0.1, momentum=0.9)
+    assert names(AutoCompression(), sgd) == ["off", "bf16", "int8", "int4", "powersgd", "topk", "sign"]
+    assert names(AutoCompression(), sgd, optim.Adam(weights())) == ["off", "bf16", "int8", "int4"]
+
+
+def test_what_was_asked_for_is_left_out_if_the_optimizer_does_not_tolerate_it():
+    wanted = AutoCompression(candidates=["int8", "sign", "topk", TopKCompressor(0.02, warmup_steps=100), "powersgd"])
+    with pytest.warns(UserWarning, match="leaves out sign, topk: AdamW does not train well with it. What is left: off"):
+        found = names(wanted, optim.AdamW(weights()))
+    assert found == ["off", "int8", "topk(density=0.02, warmup_steps=100)", "powersgd"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(names(wanted, optim.SGD(weights(), lr=0.1))) == 6
+
+
+def test_one_bit_adam_is_refused():
+    with pytest.raises(ValueError, match="compression='auto' cannot be used with OneBitAdam"):
+        names(AutoCompression(), OneBitAdam(weights(), freeze_step=10))
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"every_n_steps": 0}, "every_n_steps=0 must be at least 1"),
+        ({"confirmations": 0}, "confirmations=0 must be at least 1"),
+        ({"gain": 0.02}, "tie=0.03 must be above 0 and below gain=0.02"),
+        ({"tie": -1.0}, "tie=-1.0 must be above 0"),
+        ({"candidates": ["int9"]}, "compression='int9' is not known"),
+        ({"candidates": ["int8", "int8"]}, "int8 is named twice"),
+        ({"candidates": "int8"}, "candidates='int8' must be a list"),
+    ],
+)
+def test_bad_settings_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        AutoCompression(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"error_feedback": True}, "error_feedback=True cannot be used with compression='auto'"),
+        ({"sync_mode": "async"}, "compression='auto' needs sync_mode='full'"),
+        ({"pipeline_parallel_size": 2}, "compression='auto' cannot be used with pipeline stages"),
+    ],
+)
+def test_what_does_not_go_with_auto_is_refused(arguments, message):
+    for compression in ("auto", AutoCompression(candidates=["int8"])):
+        with pytest.raises(ValueError, match=message):
+            DanonHybridStrategy(compression=compression, **arguments)
+
+
+def test_decisions_go_on_from_a_checkpoint():
+    world = World(100)
+    world.run(30)
+    other = World(100)
+    other.controller.load_state_dict(world.controller.state_dict())
+    assert other.controller.current == world.controller.current != "off"
+    assert other.run(50) == []
+    fewer = World(100, settings=replace(AutoCompression(), candidates=["bf16"]))
+    fewer.controller.load_state_dict(world.controller.state_dict())
+    assert fewer.controller.current == "off"
