@@ -80,7 +80,8 @@ def enumerate_layouts(
     """All layouts that use all ranks.
 
     Numbers divide: pipelines the ranks, replicas the batch, and micro-batches what a replica has of it. Micro-batches
-    are as many as there are stages, or 2, 4 or 8 times as many.
+    are as many as a pipeline has ranks, or 2, 4 or 8 times as many; where that divides nothing, any number that does
+    and is not smaller.
 
     Args:
         nodes: Number of nodes.
@@ -122,8 +123,7 @@ def _pipelines(
         schedule = resolve_schedule(name, pipeline)
         if schedule.stages > blocks:
             continue
-        numbers = [per * pipeline for per in _PER_STAGE if per * pipeline <= samples and not samples % (per * pipeline)]
-        for micro_batches in numbers:
+        for micro_batches in _numbers(pipeline, samples):
             for across in placements:
                 for checkpointed in checkpointing:
                     if checkpointed and schedule.splits_backward:
@@ -136,6 +136,12 @@ def _pipelines(
                         "across_nodes": across,
                         "checkpointing": checkpointed,
                     }
+
+
+def _numbers(pipeline: int, samples: int) -> list[int]:
+    """Numbers of micro-batches of equal size."""
+    divisors = [number for number in range(pipeline, samples + 1) if not samples % number]
+    return [number for number in divisors if number in [per * pipeline for per in _PER_STAGE]] or divisors
 
 
 def _fits(nodes: int, ranks_per_node: int, pipeline: int, across: bool) -> bool:
