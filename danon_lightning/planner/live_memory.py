@@ -4,7 +4,7 @@ import weakref
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -31,9 +31,9 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Note storages that are new: those of no argument."""
         result = func(*args, **(kwargs or {}))
-        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if _has_data(x)}
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.device.type != "meta":
+            if _has_data(tensor):
                 storage = tensor.untyped_storage()
                 if storage.data_ptr() not in given:
                     self._note(storage)
@@ -50,3 +50,8 @@ class LiveBytes(TorchDispatchMode):
 
     def _forget(self, address: int) -> None:
         self.live -= self._sizes.pop(address, 0)
+
+
+def _has_data(tensor: object) -> bool:
+    # What another rank holds is of a class of its own.
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.device.type != "meta"  # type: ignore[attr-defined]

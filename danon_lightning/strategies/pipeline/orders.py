@@ -142,7 +142,7 @@ def _one_forward_one_backward(stage: int, stages: int, micro_batches: int) -> It
 def _several_stages(order: str, schedule: Schedule, micro_batches: int) -> list[list[Action]]:
     """Of torch's schedules for several stages a rank, which say themselves what is sent when."""
     of_first = [_pretended(stage, schedule) for stage in schedule.stages_of(0)]
-    planned: Any = schedules.get_schedule_class(order)(of_first, micro_batches)  # type: ignore[call-arg]
+    planned: Any = schedules.get_schedule_class(order)(of_first, micro_batches)
     found = []
     for rank in range(schedule.ranks):
         actions: list[Action] = []
@@ -159,9 +159,8 @@ def _several_stages(order: str, schedule: Schedule, micro_batches: int) -> list[
                 actions.append(Begin(Transfer("gradient", stage + 1, index)))
             elif kind in _COMPUTED:
                 if kind != "W":
-                    needed = ("activation", stage - 1) if kind == "F" else ("gradient", stage + 1)
-                    if 0 <= needed[1] < schedule.stages and needed[1] not in own:
-                        actions.append(Finish(Transfer(needed[0], needed[1], index)))
+                    needed = _received("activation" if kind == "F" else "gradient", stage, schedule.stages, index)
+                    actions += [Finish(transfer) for transfer in needed if transfer.source not in own]
                 actions.append(Compute(_COMPUTED[kind], stage, index))
         found.append([*actions, *map(Finish, sent)])
     return found
