@@ -222,6 +222,13 @@ def test_the_whole_way_for_a_module_without_layers():
         plan(Single(), batch(8), Cluster.of(1, 3))
 
 
+def test_the_example_of_the_docs_runs():
+    page = (Path(__file__).parents[2] / "docs" / "planner.md").read_text()
+    names = {"module": Stack(), "batch": batch(64), "Trainer": dict}
+    exec(page.split("```python\n")[1].split("```")[0], names)
+    assert names["plans"][0].is_feasible and isinstance(names["trainer"]["strategy"], DanonHybridStrategy)
+
+
 # ---- clusters
 
 
