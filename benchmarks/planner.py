@@ -198,10 +198,14 @@ def main() -> None:
             rows = []
             for number in args.layouts:
                 plan = predictor.predict(LAYOUTS[number])
-                print(f"{name}: {plan.layout}", flush=True)
                 ranks = run_distributed(train, 4, name, plan.arguments(), plan.layout.data, args.steps, **options)
                 seconds, memory = max(one for one, _ in ranks), max(one for _, one in ranks)
                 rows.append((plan, seconds, memory))
+                print(
+                    f"{name}, {plan.layout}: {format_seconds(plan.step_seconds)} predicted, {format_seconds(seconds)} "
+                    f"measured; {format_bytes(plan.memory.total)} predicted, {format_bytes(memory)} measured",
+                    flush=True,
+                )
             found.append((name, rows))
     report = []
     for name, rows in found:
