@@ -21,9 +21,10 @@ class Memory:
     Attributes:
         parameters: Weights.
         gradients: Of them.
-        optimizer: Its state, and what its step needs in between.
-        activations: What is kept for backward passes, and what passes need in between.
-        communication: What compression remembers, and buckets that gradients are copied to.
+        optimizer: Its state.
+        activations: What is kept for backward passes, and what passes need in between; what the optimizer or the
+            exchange need after them, if that is more.
+        communication: What compression remembers.
     """
 
     parameters: float
@@ -70,32 +71,26 @@ def _kept(part: Part, samples: float, layout: Layout) -> float:
     return part.kept(samples)
 
 
-def communication_bytes(
-    parameters: Sequence[tuple[str, Tensor]], layout: Layout, levels: Levels, bucket_bytes: int
-) -> float:
-    """What the exchange of gradients needs besides the gradients.
+def communication_bytes(parameters: Sequence[tuple[str, Tensor]], layout: Layout, levels: Levels) -> float:
+    """What compression remembers from step to step.
 
     Args:
         parameters: Those of the rank that are trained.
         layout: With or without a pipeline, and the compression.
         levels: Of the exchange.
-        bucket_bytes: Size of buckets.
     """
     if layout.data == 1:
         return 0.0
-    # Without a pipeline, gradients live in the buckets. With it they are copied to one after another.
-    total = sum(parameter.nbytes for _, parameter in parameters)
-    copied = 0.0 if layout.pipeline == 1 else float(min(bucket_bytes, total))
     compressor = get_compressor(layout.compression)
     if compressor is None or not compressor.needs_error_feedback:
-        return copied
+        return 0.0
     coded = 4.0 * sum(p.numel() for _, p in parameters if not travels_dense(p, compressor))
     # What is left out, and a second buffer for the step under way; on the sending side, and for sums that are coded
     # again on the other.
     residual = 2 * coded / levels.inner
     if not isinstance(compressor, LinearCompressor) and compressor.exchange == "reduce":
         residual += 2 * coded / (levels.inner * levels.outer)
-    return copied + residual
+    return residual
 
 
 def shard_numel(parameters: Sequence[tuple[str, Tensor]], replicas: int) -> int:
@@ -127,13 +122,15 @@ def rank_memory(
     trained = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
     numel = sum(parameter.numel() for _, parameter in trained)
     remembered = shard_numel(trained, layout.data) if layout.sharding else numel
-    communication = communication_bytes(trained, layout, levels, bucket_bytes)
+    communication = communication_bytes(trained, layout, levels)
     temporary = optimizer.temporary_bytes_per_element * remembered
-    # Activations are gone when the optimizer moves.
+    # With stages, gradients are copied to one bucket after another; without, they live in the buckets.
+    copied = float(min(bucket_bytes, sum(p.nbytes for _, p in trained))) if layout.pipeline > 1 < layout.data else 0.0
+    # Activations are gone when gradients are exchanged and the optimizer moves.
     return Memory(
         parameters=float(sum(parameter.nbytes for _, parameter in parameters)),
         gradients=float(sum(parameter.nbytes for _, parameter in trained)),
         optimizer=optimizer.state_bytes_per_element * remembered,
-        activations=max(activations, temporary),
+        activations=max(activations, copied, temporary),
         communication=communication,
     )
