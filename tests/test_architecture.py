@@ -21,6 +21,7 @@ ALLOWED = {
     "strategies": {"optim"},
     "callbacks": set(),
     "configs": set(),
+    "planner": {"strategies", "train"},
     "models": {"attention", "optim"},
     "command_line": set(),
     "train": {"command_line"},  # the rest is named by the configs
@@ -91,6 +92,17 @@ PUBLIC = {
         "UCSALightning",
     ],
     "danon_lightning.optim": ["OneBitAdam"],
+    "danon_lightning.planner": [
+        "Cluster",
+        "Layout",
+        "Memory",
+        "Plan",
+        "Profile",
+        "measure",
+        "nearest_feasible",
+        "plan",
+        "plan_profile",
+    ],
     "danon_lightning.strategies": [
         "AsyncSync",
         "AutoCompression",
