@@ -29,18 +29,10 @@ from danon_lightning.strategies.communication.compressors.base import Region
 from danon_lightning.strategies.communication.error_feedback import ErrorFeedback, resolve_error_feedback
 from danon_lightning.strategies.communication.layout import build_levels, group_of_all
 from danon_lightning.strategies.communication.memory import Memory
-from danon_lightning.strategies.communication.messages import Layout, Plan, plan_messages, real_numel
+from danon_lightning.strategies.communication.messages import Layout, Plan, plan_messages, real_numel, sizes_for
 from danon_lightning.strategies.communication.stats import CommunicationStats
 from danon_lightning.strategies.mesh import Mesh
 
-# Of what one rank sums of a message over its node: few messages, for each costs about a millisecond of processor time,
-# but enough of them to keep the pipeline full.
-_CPU_ROW_BYTES = 4 << 20
-# What is summed shall still be in the cache (of about 2 MB) when it is coded.
-_CPU_REGION_NUMEL = 1 << 19
-# nccl cuts messages up by itself; what counts is that a launch is worth its while.
-_CUDA_ROW_BYTES = 16 << 20
-_CUDA_REGION_NUMEL = 1 << 22
 # Room for codes that are longer than what they stand for (several nodes' sparse ones).
 _ROW_MARGIN = 3
 
@@ -105,7 +97,7 @@ class GradientCommunicator:
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         compressor = get_compressor(compression)
         feedback = resolve_error_feedback(error_feedback, compressor)
-        self._row_bytes = _CUDA_ROW_BYTES if self._stream else _CPU_ROW_BYTES
+        self._row_bytes, self._region_numel = sizes_for(self._device)
         self._everybody = group_of_all(mesh, self._device, timeout)
         inner, outer = build_levels(
             mesh,
@@ -376,7 +368,7 @@ class GradientCommunicator:
             layout=Layout(*self._levels),
             compressor=self._exchange.compressor,
             row_numel=self._row_bytes // element_size,
-            region_numel=_CUDA_REGION_NUMEL if self._stream else _CPU_REGION_NUMEL,
+            region_numel=self._region_numel,
         )
 
     def _advance(self) -> None:

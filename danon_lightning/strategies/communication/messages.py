@@ -14,6 +14,22 @@ from danon_lightning.strategies.communication.compressors.base import Region
 # Tensors smaller than this, and 1-D ones (biases, norms), are few in bytes and large in meaning: they travel dense.
 SMALLEST_COMPRESSED = 4096
 
+# Of what one rank sums of a message over its node: few messages, for each costs about a millisecond of processor time,
+# but enough of them to keep the pipeline full.
+_CPU_ROW_BYTES = 4 << 20
+# What is summed shall still be in the cache (of about 2 MB) when it is coded.
+_CPU_REGION_NUMEL = 1 << 19
+# nccl cuts messages up by itself; what counts is that a launch is worth its while.
+_CUDA_ROW_BYTES = 16 << 20
+_CUDA_REGION_NUMEL = 1 << 22
+
+
+def sizes_for(device: torch.device) -> tuple[int, int]:
+    """Bytes of a message at most that one inner rank sums, and elements of a region at most, on this kind of device."""
+    if device.type == "cuda":
+        return _CUDA_ROW_BYTES, _CUDA_REGION_NUMEL
+    return _CPU_ROW_BYTES, _CPU_REGION_NUMEL
+
 
 @dataclass(frozen=True)
 class Layout:

@@ -13,7 +13,7 @@ _ALIGNMENT = 8
 
 def payload_bytes(exchange: Exchange, pieces: Sequence[Piece]) -> int:
     """Bytes of the pieces' payloads together."""
-    return sum(_padded(size) for size in _sizes(exchange, pieces))
+    return sum(padded(size) for size in _sizes(exchange, pieces))
 
 
 def split_payloads(exchange: Exchange, pieces: Sequence[Piece], row: Tensor) -> list[Tensor]:
@@ -21,7 +21,7 @@ def split_payloads(exchange: Exchange, pieces: Sequence[Piece], row: Tensor) -> 
     payloads, offset = [], 0
     for size in _sizes(exchange, pieces):
         payloads.append(row[offset : offset + size])
-        offset += _padded(size)
+        offset += padded(size)
     return payloads
 
 
@@ -60,5 +60,6 @@ def _sizes(exchange: Exchange, pieces: Sequence[Piece]) -> list[int]:
     return [compressor.payload_bytes(piece.numel, memory.step) for piece in pieces]
 
 
-def _padded(size: int) -> int:
+def padded(size: int) -> int:
+    """What a payload of ``size`` bytes takes of its row."""
     return -(-size // _ALIGNMENT) * _ALIGNMENT
