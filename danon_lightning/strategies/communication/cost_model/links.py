@@ -13,7 +13,7 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class Link:
-    """The α-β model of a link: b bytes take α + b/β seconds.
+    """The α-β model of a link: b bytes take α + b/β seconds. Overheads count where a thread has more to do than send.
 
     Bandwidth is that of a whole node, all its ranks sending at once while they receive as much: they share a network
     card, or the memory.
@@ -21,25 +21,27 @@ class Link:
     Args:
         latency_seconds: α, from the moment of sending until the first byte can be used, software included.
         bytes_per_second: β, of payload, in each direction.
-        sending_seconds_per_byte: What a byte occupies the thread by that sends it: the system copies it.
+        overhead_seconds: What a transfer, however short, keeps the thread busy for that sends and receives it.
+        overhead_seconds_per_byte: What a byte keeps it busy for: the system copies it.
 
     Raises:
         ValueError: If a number is not finite, a time is negative, or the bandwidth is not positive.
 
     Reference:
-        Hockney, "The communication challenge for MPP", Parallel Computing 20(3), 1994.
+        Hockney, "The communication challenge for MPP", Parallel Computing 20(3), 1994; for overheads: Alexandrov et
+        al., "LogGP: Incorporating Long Messages into the LogP Model", SPAA 1995.
     """
 
     latency_seconds: float
     bytes_per_second: float
-    sending_seconds_per_byte: float = 0.0
+    overhead_seconds: float = 0.0
+    overhead_seconds_per_byte: float = 0.0
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if not 0 <= self.sending_seconds_per_byte < math.inf:
-            raise ValueError(
-                f"sending_seconds_per_byte={self.sending_seconds_per_byte} must be a finite number, not negative"
-            )
+        for name in ("overhead_seconds", "overhead_seconds_per_byte"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be a finite number, not negative")
         if not 0 <= self.latency_seconds < math.inf:
             raise ValueError(f"latency_seconds={self.latency_seconds} must be a finite number of seconds, not negative")
         if not 0 < self.bytes_per_second < math.inf:
@@ -113,8 +115,8 @@ class Links:
         ``version``             1; greater where older readers would misunderstand
         ``nodes``               number of nodes
         ``ranks_per_node``      ranks on each
-        ``intra``, ``inter``    null, or the fields of :class:`Link`: ``latency_seconds``,
-                                ``bytes_per_second``, ``sending_seconds_per_byte`` (0 if it is missing)
+        ``intra``, ``inter``    null, or the fields of :class:`Link`: ``latency_seconds``, ``bytes_per_second``,
+                                ``overhead_seconds``, ``overhead_seconds_per_byte`` (these two may be missing)
         ``shared_memory``       true or false
         ``pairwise``            bytes a second from node (row) to node (column), or null
         ======================  ==========================================================================
@@ -176,5 +178,6 @@ def _link(content: Mapping[str, Any] | None) -> Link | None:
     return Link(
         float(content["latency_seconds"]),
         float(content["bytes_per_second"]),
-        float(content.get("sending_seconds_per_byte", 0.0)),
+        float(content.get("overhead_seconds", 0.0)),
+        float(content.get("overhead_seconds_per_byte", 0.0)),
     )

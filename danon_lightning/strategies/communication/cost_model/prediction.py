@@ -142,7 +142,8 @@ class _Clock:
             if link is not None and any(sizes):
                 # With one level several ranks of a node are one here.
                 threads = self._levels.outer_per_node
-                self.work([link.sending_seconds_per_byte * size / threads for size in sizes])
+                per_transfer, per_byte = link.overhead_seconds, link.overhead_seconds_per_byte / threads
+                self.work([(per_transfer * phase.transfers + per_byte * size) * (size > 0) for size in sizes])
                 posted = max(now for now, size in zip(self.now, sizes, strict=True) if size)
                 arrivals.append(self._occupy(wire, link, sum(sizes), posted))
         return max(arrivals, default=0.0)
@@ -158,8 +159,9 @@ class _Clock:
         if inner == 1 or link is None:
             return 0.0
         self.steps += 1
+        self.work([link.overhead_seconds] * inner)
         if not self._links.shared_memory:
-            self.work([link.sending_seconds_per_byte * num_bytes / inner] * inner)
+            self.work([link.overhead_seconds_per_byte * num_bytes / inner] * inner)
             return self._occupy("intra", link, num_bytes, max(self.now))
         if copied:
             self.work([num_bytes / link.bytes_per_second] * inner)

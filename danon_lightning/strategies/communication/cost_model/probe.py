@@ -37,6 +37,8 @@ _LEAST_REPEATS, _MOST_REPEATS, _ENOUGH_SECONDS = 2, 7, 2.0
 # Boxes that are under way at once, as in the exchange.
 _IN_FLIGHT = 2
 _REASON_BYTES = 256
+# Larger than caches, and than a row.
+_SOURCE_NUMEL = 8 << 20
 
 T = TypeVar("T")
 
@@ -109,8 +111,10 @@ class _Findings:
     nodes: int
     failure: str = ""
     failed_after: float = 0.0
-    intra: tuple[float, float, float] = (0.0, 0.0, 0.0)  # latency, a byte of the node, a byte of the sending thread
-    inter: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    intra: tuple[float, ...] = (
+        0.0,
+    ) * 4  # latency, for a byte of a node, and of the thread: for a transfer, for a byte
+    inter: tuple[float, ...] = (0.0,) * 4
     uses_sockets: bool = False
     pairwise: list[list[float]] = field(default_factory=list)
 
@@ -125,7 +129,7 @@ def _agree(findings: _Findings, mesh: Mesh, device: torch.device, group: dist.Pr
     agreed = findings.to_tensor(device)
     dist.all_reduce(agreed, dist.ReduceOp.MAX, group=group)
     failed, *numbers = agreed.tolist()
-    intra, inter, (sockets, *matrix) = numbers[:3], numbers[3:6], numbers[6:]
+    intra, inter, (sockets, *matrix) = numbers[:4], numbers[4:8], numbers[8:]
     if failed:
         # The first failure is the cause of the others, which have waited in vain.
         text = f"{findings.failed_after:09.3f}{findings.failure}" if findings.failure else ""
@@ -140,8 +144,8 @@ def _agree(findings: _Findings, mesh: Mesh, device: torch.device, group: dist.Pr
     return Links(
         nodes=size,
         ranks_per_node=mesh.ranks_per_node,
-        intra=Link(intra[0], 1 / intra[1], intra[2]) if intra[1] else None,
-        inter=Link(inter[0], 1 / inter[1], inter[2]) if inter[1] else None,
+        intra=Link(intra[0], 1 / intra[1], *intra[2:]) if intra[1] else None,
+        inter=Link(inter[0], 1 / inter[1], *inter[2:]) if inter[1] else None,
         shared_memory=bool(intra[1]) and not sockets,
         pairwise=tuple(tuple(1 / matrix[i * size + j] if i != j else 0.0 for j in range(size)) for i in range(size))
         if any(matrix)
@@ -156,7 +160,7 @@ class _Probe:
         self._mesh, self._device, self._time_limit = mesh, device, time_limit
         self._control: dist.ProcessGroup | None = None
         self._levels: tuple[Level, GroupLevel] | None = None
-        self._source = torch.empty(0)
+        self._source, self._taken = torch.empty(0), 0
         self._spent = 0.0
 
     def group_of_all(self, timeout: float) -> dist.ProcessGroup:
@@ -194,36 +198,60 @@ class _Probe:
         if self._control is not None:
             dist.destroy_process_group(self._control)
 
-    def _measure_level(self, level: Level, message_bytes: int) -> tuple[float, float, float]:
-        """Seconds of latency, for each byte that the ranks of a node send together, and of this thread for each of its
-        own.
-        """
-        small = [self._timed(lambda: self._finish(self._start(level, _SMALL_BYTES))) for _ in range(_ALL_SMALL)]
+    def _measure_level(self, level: Level, message_bytes: int) -> tuple[float, ...]:
+        """Seconds: of latency; for a byte of a node; and of this thread, for a transfer and for a byte of its own."""
+        latency, overhead = self._measure_small(level)
         peers = level.size - 1
         # In whole rows that are about as long as those of the exchange.
         by_peer = math.ceil(message_bytes * min(peers, _MOST_MESSAGES) / peers)
         boxes = math.ceil(by_peer / LARGEST_MESSAGE_BYTES)
         row = math.ceil(by_peer / boxes)
-        # Memory is filled while nothing else goes on. On CUDA sending occupies no thread but the device.
-        in_memory = isinstance(level, SharedMemoryLevel)
+        sent = peers * boxes * row
+        if isinstance(level, SharedMemoryLevel):
+            filling = self._measure_filling(level, boxes, row) - boxes * overhead
+            return latency, max(filling, 1e-12 * sent) / (self._mesh.ranks_per_node * sent), overhead, 0.0
         busy: list[float] = []
 
         def stream() -> float:
             start = time.thread_time()
-            first = self._stream(boxes, lambda: self._start(level, row), self._finish, 1 if in_memory else _IN_FLIGHT)
+            first = self._stream(boxes, lambda: self._start(level, row), self._finish)
             busy.append(time.thread_time() - start)
             return first
 
         slowest, _ = self._repeat(stream)
-        sent = peers * boxes * row
-        thread = 0.0 if in_memory or self._device.type == "cuda" else statistics.median(busy) / (_PARTS * sent)
-        return statistics.median(small[_SMALL_WARM_UP:]), slowest / (self._mesh.ranks_per_node * sent), thread
+        per_byte = slowest / (self._mesh.ranks_per_node * sent)
+        if self._device.type == "cuda":  # sending keeps the device busy, not the thread
+            return latency, per_byte, 0.0, 0.0
+        by_thread = max(0.0, statistics.median(busy) / _PARTS - boxes * overhead) / sent
+        return latency, per_byte, overhead, by_thread
 
-    def _stream(
-        self, count: int, start: Callable[[], T], finish: Callable[[T], None], in_flight: int = _IN_FLIGHT
-    ) -> float:
-        """Do :data:`_PARTS` times ``count`` transfers, so many at a time; returns when the first part had ended."""
-        under_way = deque(start() for _ in range(in_flight))
+    def _measure_small(self, level: Level) -> tuple[float, float]:
+        """Median seconds of a short transfer, and for how long of these this thread is busy."""
+        seconds, busy = [], []
+        for _ in range(_SMALL_WARM_UP + _SMALL_REPEATS):
+            start, start_busy = self._now(), time.thread_time()
+            self._finish(self._start(level, _SMALL_BYTES))
+            busy.append(time.thread_time() - start_busy)
+            seconds.append(self._now() - start)
+        return statistics.median(seconds[_SMALL_WARM_UP:]), statistics.median(busy[_SMALL_WARM_UP:])
+
+    def _measure_filling(self, level: SharedMemoryLevel, boxes: int, row: int) -> float:
+        """Median seconds to fill shared memory: what reading it takes is counted with what is done with it."""
+        seconds = []
+        for _ in range(1 + _MOST_REPEATS):
+            dist.barrier(self._control)
+            filling = 0.0
+            for _ in range(boxes):
+                start = self._now()
+                box = self._start(level, row)
+                filling += self._now() - start
+                self._finish(box)
+            seconds.append(filling)
+        return statistics.median(seconds[1:])
+
+    def _stream(self, count: int, start: Callable[[], T], finish: Callable[[T], None]) -> float:
+        """Do :data:`_PARTS` times ``count`` transfers, two at a time; returns when the first part had ended."""
+        under_way = deque(start() for _ in range(_IN_FLIGHT))
         timed_from, posted = 0.0, len(under_way)
         for finished in range(1, _PARTS * count + 1):
             finish(under_way.popleft())
@@ -248,10 +276,13 @@ class _Probe:
         box.release()
 
     def _values(self, numel: int) -> Tensor:
-        """What to fill shared memory with."""
-        if self._source.numel() < numel:
-            self._source = torch.ones(numel)
-        return self._source[:numel]
+        """What to fill shared memory with: each time another part, as gradients are not in the cache either."""
+        if not self._source.numel():
+            self._source = torch.ones(_SOURCE_NUMEL)
+        if self._taken + numel > _SOURCE_NUMEL:
+            self._taken = 0
+        self._taken += numel
+        return self._source[self._taken - numel : self._taken]
 
     def _measure_pairs(self, outer: GroupLevel, message_bytes: int) -> list[list[float]]:
         """Seconds a byte from node (row) to node (column), of which this rank knows one column."""
@@ -313,18 +344,10 @@ class _Probe:
             self._spent += float(whole.max())
         return statistics.median(max(nodes) for nodes in by_node), by_node
 
-    def _timed(self, operation: Callable[[], None]) -> float:
-        start = self._now()
-        operation()
-        return self._now() - start
-
     def _now(self) -> float:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
-
-
-_ALL_SMALL = _SMALL_WARM_UP + _SMALL_REPEATS
 
 
 def _partner(node: int, turn: int, nodes: int) -> int | None:

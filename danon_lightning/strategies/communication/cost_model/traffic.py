@@ -7,7 +7,7 @@ Legend: I inner ranks (of a node, if there are two levels; else 1) × O outer on
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -45,10 +45,12 @@ class Phase:
         leaving: ``leaving[m][i]``: bytes that leave node m for other ones, sent by its inner rank i (if there is one
             level, by all ranks of the node).
         inside: The same for bytes that stay in the node.
+        transfers: How many operations they are cut into.
     """
 
     leaving: tuple[tuple[int, ...], ...]
     inside: tuple[tuple[int, ...], ...]
+    transfers: int = 1
 
 
 @dataclass(frozen=True)
@@ -247,7 +249,9 @@ def _sum_across(rows: Sequence[int], levels: Levels, itemsize: int) -> tuple[Pha
             length = -(-part // (size * unit)) * unit
             for outer in range(size):
                 sizes[row][outer] += itemsize * max(0, min(length, part - outer * length))
-    return _all_to_all(sizes, levels), _all_gather(sizes, levels)
+    transfers = -(-max(rows) // longest)
+    phases = _all_to_all(sizes, levels), _all_gather(sizes, levels)
+    return tuple(replace(phase, transfers=transfers) for phase in phases)
 
 
 def _all_to_all(sizes: Sequence[Sequence[int]], levels: Levels) -> Phase:
