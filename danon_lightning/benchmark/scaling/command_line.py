@@ -1,0 +1,278 @@
+"""The command line of ``danon-bench scaling``."""
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+
+from danon_lightning.benchmark.arguments import output_file, positive_float, positive_int, rate
+from danon_lightning.benchmark.environment import describe_environment
+from danon_lightning.benchmark.json_file import write_json
+from danon_lightning.benchmark.network import format_rate, loopback_reason, open_network
+from danon_lightning.benchmark.plotting import missing_reason
+from danon_lightning.benchmark.progress import ProgressDisplay
+from danon_lightning.benchmark.scaling.exchanges import DEFAULT, exchange_names
+from danon_lightning.benchmark.scaling.job import WARMUP_STEPS, Outcome, Plan
+from danon_lightning.benchmark.scaling.plot import save_plot
+from danon_lightning.benchmark.scaling.report import LEGEND, notes, projection_table, rate_table, summary, to_json
+from danon_lightning.benchmark.scaling.results import Projection, Row, project, rows_of
+from danon_lightning.benchmark.scaling.runner import JobFailedError, run_job
+from danon_lightning.benchmark.scaling.workload import Workload
+from danon_lightning.strategies.communication.cost_model import Links
+from danon_lightning.testing import EmulatedHosts
+
+if TYPE_CHECKING:
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Sizes that belong together.
+
+    Attributes:
+        elements_m: Gradient elements in millions.
+        layers: Number of layers that share them.
+        compute_ms: Forward and backward pass of a step.
+        bucket_mb: Size of a bucket in MiB.
+        description: A few words of help.
+    """
+
+    elements_m: float
+    layers: int
+    compute_ms: float
+    bucket_mb: float
+    description: str
+
+
+PRESETS = {
+    "mixed": Preset(2.5, 16, 100.0, 1.0, "dense gradients hide at 10 Gbit/s, not at 1 Gbit/s and less"),
+    "hidden": Preset(0.5, 32, 1000.0, 0.0625, "dense gradients fit behind the computing, even at 100 Mbit/s"),
+}
+_DEFAULT_PRESET = "mixed"
+_DEFAULT_HOSTS = [2, 4, 8]
+_DEFAULT_RATES = [100.0, 1000.0, 10000.0]
+_DEFAULT_PROJECTED = [64, 512, 4096]
+
+_DESCRIPTION = f"""\
+Measures how much faster several hosts train than one, data-parallel, each with a batch of the same size, and how much
+of the exchange of gradients is not hidden behind the backward pass. Hosts are emulated, with one rank each and links of
+a chosen rate. They share the processors of this machine; so computing is replaced by waiting for as long, the layers'
+gradients coming one after another as in a real backward pass, in buckets that are exchanged meanwhile. What is
+exchanged, and the processor time that takes, is real: with many hosts and fast links the few processors are the limit,
+which is said. There is no optimizer step.
+
+The median step counts, after {WARMUP_STEPS} steps of warm-up. Beside it stands what the cost model predicts, from a
+probe of the links, the time to code gradients and the step on one host; then, from links and codes measured among the
+fewest hosts, what is projected for clusters that nobody has measured here. The projection takes the network to be as
+fast between any two hosts however many there are."""
+
+_EXAMPLES = """\
+examples:
+  danon-bench scaling --json scaling.json --plot scaling.png    all of it, for some minutes
+  danon-bench scaling --preset hidden                           gradients that fit behind the computing
+  danon-bench scaling --mbit 1000 --hosts 2 4 --only ddp int8   less of it
+  danon-bench scaling --elements-m 7 --compute-ms 250 --project 16 32
+                                                                a model of one's own
+
+The exit code is 1 if a job failed, else 0: how far off predictions are is a result."""
+
+
+def add_parser(subparsers: "Subparsers") -> None:
+    """Add the subcommand."""
+    width = max(map(len, PRESETS))
+    presets = "\n".join(
+        f"  {name:{width}}  {one.elements_m:g} M elements in {one.layers} layers, {one.compute_ms:g} ms, buckets of "
+        f"{one.bucket_mb:g} MiB:\n  {'':{width}}  {one.description}"
+        for name, one in PRESETS.items()
+    )
+    parser = subparsers.add_parser(
+        "scaling",
+        help="speed-up and exposed communication by number of hosts, measured, predicted, projected",
+        description=_DESCRIPTION,
+        epilog=f"presets:\n{presets}\n\n{_EXAMPLES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "--hosts",
+        type=positive_int,
+        nargs="+",
+        default=_DEFAULT_HOSTS,
+        metavar="N",
+        help="numbers of hosts, a rank on each (default: 2 4 8); one host is always measured",
+    )
+    add(
+        "--mbit",
+        type=rate,
+        nargs="+",
+        metavar="RATE",
+        help="rates of each host's link in Mbit/s, 0 for unshaped (default: 100 1000 10000)",
+    )
+    add(
+        "--only",
+        choices=exchange_names(),
+        nargs="+",
+        default=DEFAULT,
+        metavar="NAME",
+        help=f"exchanges, of: {', '.join(exchange_names())} (default: {' '.join(DEFAULT)})",
+    )
+    add("--preset", choices=list(PRESETS), default=_DEFAULT_PRESET, help="sizes, see below (default: %(default)s)")
+    add("--elements-m", type=positive_float, metavar="MILLIONS", help="gradient elements, in place of the preset's")
+    add("--layers", type=positive_int, metavar="N", help="layers that share them, likewise")
+    add("--compute-ms", type=positive_float, metavar="MS", help="forward and backward pass of a step, likewise")
+    add("--bucket-mb", type=positive_float, metavar="MIB", help="size of a gradient bucket, likewise")
+    add("--steps", type=positive_int, default=7, metavar="N", help="steps that count (default: %(default)s)")
+    add(
+        "--project",
+        type=positive_int,
+        nargs="*",
+        default=_DEFAULT_PROJECTED,
+        metavar="N",
+        help="numbers of hosts to project to (default: 64 512 4096); with no number none",
+    )
+    add("--json", type=output_file, metavar="FILE", help="write all figures to this file")
+    add(
+        "--plot",
+        type=output_file,
+        metavar="FILE",
+        help="draw them into this PNG file; needs matplotlib (pip install 'danon-lightning[bench]')",
+    )
+    parser.set_defaults(run=run, parser=parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure what the arguments say, and print it as it comes.
+
+    Args:
+        args: Parsed arguments of this subcommand.
+
+    Returns:
+        The exit code: 1 if a job failed, else 0.
+    """
+    counts = _check(args)
+    console = Console(highlight=False)
+    emulated = loopback_reason(counts[-1]) is None
+    rates = _rates(args, counts[-1], console)
+    workload = workload_of(args)
+    exchanges = tuple(name for name in exchange_names() if name in args.only)
+    plan = Plan(workload, exchanges, args.steps)
+    title = (
+        f"{workload.elements / 1e6:.3g} M float32 gradients, {1e3 * workload.compute_seconds:g} ms of computing a step"
+    )
+    arguments = {
+        "hosts": counts,
+        "mbit": rates,
+        "only": list(exchanges),
+        "elements": workload.elements,
+        "layers": workload.layers,
+        "compute_ms": 1e3 * workload.compute_seconds,
+        "bucket_bytes": workload.bucket_bytes,
+        "steps": args.steps,
+        "project": args.project,
+    }
+    environment = describe_environment() | {"network": "emulated hosts" if emulated else "loopback"}
+    console.print(
+        f"torch {environment['torch']}, {environment['cores']} cores for all hosts, compiled kernels: "
+        f"{'yes' if environment['kernels'] else 'no'}; {title}, in {len(workload.buckets())} buckets\n\n{LEGEND}\n",
+        soft_wrap=True,
+    )
+    rows: list[Row] = []
+    projections: list[Projection] = []
+    with (
+        open_network(counts[-1]) as hosts,
+        ProgressDisplay(console, 1 + len(rates) * len(counts)) as display,
+    ):
+        display.show("one host", f"{len(exchanges)} exchanges", 0)
+        try:
+            alone = run_job(plan, 1, None, hosts)
+        except JobFailedError as error:
+            console.print(f"[red]one host, which all others are compared to, failed:[/] {escape(str(error))}")
+            console.print(error.detail, markup=False)
+            return 1
+        single = _single_seconds(alone)
+        console.print(f"one host: {1e3 * single:.1f} ms a step\n")
+        for mbit in rates:
+            if hosts is not None:
+                hosts.set_rate(mbit)
+            found, links = [], None
+            for count in counts:
+                display.show(f"{format_rate(mbit)}: {count} hosts", f"{len(exchanges)} exchanges", 1 + len(rows))
+                try:
+                    outcome = run_job(plan, count, mbit, hosts)
+                except JobFailedError as error:
+                    failed = (count, mbit, "failed", single, str(error), error.detail)
+                    found += [Row(name, *failed) for name in exchanges]
+                    continue
+                links = links or outcome.links
+                found += rows_of(outcome, exchanges, count, mbit, workload, single)
+            found.sort(key=lambda row: (exchanges.index(row.exchange), row.hosts))
+            projected = _project(args, mbit, plan, single, links, alone)
+            rows += found
+            projections += projected
+            console.print(rate_table(found, f"{format_rate(mbit)}: {title}"))
+            if projected:
+                console.print(projection_table(projected, f"more hosts at {format_rate(mbit)}"))
+            console.print(*notes(found), "", sep="\n", soft_wrap=True)
+            if args.json:  # each time: who interrupts the rest keeps this
+                write_json(args.json, to_json(arguments, environment, rows, projections))
+    if args.plot:
+        save_plot(rows, projections, title, args.plot)
+    console.print(summary(rows, [file for file in (args.json, args.plot) if file]), soft_wrap=True, markup=False)
+    return 1 if any(row.status == "failed" for row in rows) else 0
+
+
+def workload_of(args: argparse.Namespace) -> Workload:
+    """The sizes of the preset, and what other arguments say in their place."""
+    preset = PRESETS[args.preset]
+    return Workload.of_size(
+        1e6 * (args.elements_m or preset.elements_m),
+        args.layers or preset.layers,
+        (args.compute_ms or preset.compute_ms) / 1e3,
+        args.bucket_mb or preset.bucket_mb,
+    )
+
+
+def _single_seconds(alone: Outcome) -> float:
+    """The step on one host, which is the same whatever is not exchanged: the shortest median."""
+    return min(measurement.seconds for measurement in alone.measured.values())
+
+
+def _project(
+    args: argparse.Namespace, mbit: float | None, plan: Plan, single: float, links: Links | None, alone: Outcome
+) -> list[Projection]:
+    if links is None:
+        return []
+    costs: Mapping[str, object] = {name: measured.costs for name, measured in alone.measured.items()}
+    return project(plan.exchanges, args.project, mbit, plan.workload, single, links, costs)  # type: ignore[arg-type]
+
+
+def _check(args: argparse.Namespace) -> list[int]:
+    """Refuse what the parser alone cannot see to be wrong; returns the numbers of hosts in rising order, from 2."""
+    error = args.parser.error
+    counts = sorted(set(args.hosts) - {1})
+    if not counts:
+        error("argument --hosts 1: one host is always measured; say how many to compare it with")
+    try:
+        EmulatedHosts(counts[-1])
+    except ValueError as reason:
+        error(f"argument --hosts: {reason}")
+    if args.project and min(args.project) < 2:
+        error("argument --project: a single host exchanges nothing; give numbers of at least 2")
+    if args.plot and missing_reason():
+        error(f"argument --plot: {missing_reason()}")
+    return counts
+
+
+def _rates(args: argparse.Namespace, hosts: int, console: Console) -> list[float | None]:
+    """The rates to measure at, after a word on those that cannot be had."""
+    reason = loopback_reason(hosts)
+    if reason is None:
+        return list(dict.fromkeys(args.mbit or _DEFAULT_RATES))
+    console.print(
+        f"[yellow]No emulated hosts: {escape(reason)}.[/] All ranks run on the loopback of this machine: there are no "
+        'links to shape, so only "unshaped" is measured. With root on Linux (and iproute2) hosts are emulated.'
+    )
+    return [None]
