@@ -320,6 +320,14 @@ def test_the_lightning_examples_train(tmp_path, monkeypatch):
         assert all(loss < 0.3 for loss in losses), losses  # of 1.06 for a model that answers 0
 
 
+def test_the_example_of_a_prediction_prints_times_and_bytes(capsys):
+    run_block("slow_network.md", "predict_exchange")
+    found = dict(re.findall(r"(\w+) [\d.]+ s, ([\d.]+) MB leave a node", capsys.readouterr().out))
+    weights = 6 * 2048 * (2048 + 1)
+    assert float(found["None"]) == pytest.approx(4 * weights / 1e6, rel=0.01)
+    assert float(found["int8"]) == pytest.approx((1 + 4 / 256) * weights / 1e6, rel=0.01)
+
+
 def test_the_script_without_lightning_trains_and_resumes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train.py").write_text(python_block("slow_network.md", "# train.py"))

@@ -12,6 +12,7 @@ from torch import Tensor
 from danon_lightning.strategies.communication import kernels
 from danon_lightning.strategies.communication.compressors import Compressor, LinearCompressor, get_compressor
 from danon_lightning.strategies.communication.compressors.base import Context
+from danon_lightning.strategies.communication.cost_model.traffic import STEADY_STEP
 from danon_lightning.strategies.communication.messages import sizes_for
 
 # Regions that take turns, so that none is in the cache when its turn comes.
@@ -115,8 +116,10 @@ def _measure_codes(
 ) -> tuple[float, float, float]:
     """Seconds an element to encode, to decode, and to decode and add."""
     numel = values[0].numel()
-    contexts = [Context(step=_LATE) for _ in values]
-    payloads = [torch.zeros(compressor.payload_bytes(numel, _LATE), dtype=torch.uint8, device=device) for _ in values]
+    contexts = [Context(step=STEADY_STEP) for _ in values]
+    payloads = [
+        torch.zeros(compressor.payload_bytes(numel, STEADY_STEP), dtype=torch.uint8, device=device) for _ in values
+    ]
     residuals = [torch.zeros(numel, device=device) for _ in values]
 
     def encode(i: int) -> None:
@@ -148,7 +151,7 @@ def _measure_linear(
     if compressor.code_numel(shape) is None:  # it would travel dense
         return 0.0, 0.0
     matrices = [value[: shape.numel()].view(shape) for value in values]
-    contexts = [Context(step=_LATE) for _ in values]
+    contexts = [Context(step=STEADY_STEP) for _ in values]
     codes: list[Tensor] = [torch.empty(0) for _ in values]
 
     def encode(i: int) -> None:
@@ -169,10 +172,6 @@ def _measure_linear(
     decoding = _seconds(lambda i: compressor.decode(codes[i], out[i][: shape.numel()].view(shape), contexts[i]), device)
     scale = 1 / (len(values) * shape.numel())
     return encoding * scale, decoding * scale
-
-
-# Any warm-up has ended by then.
-_LATE = 1 << 40
 
 
 def _seconds(operation: Callable[[int], object], device: torch.device) -> float:

@@ -34,7 +34,7 @@ def ring(num_bytes: float, links: Links) -> Prediction:
     inside = over_each_link * (links.ranks_per_node - (links.nodes > 1))
     within = _seconds(links.intra, inside, steps) if links.ranks_per_node > 1 else 0.0
     seconds = max(within, _seconds(links.inter, leaving, steps))
-    return Prediction(seconds, leaving, inside, 0.0, steps)
+    return Prediction(seconds, leaving, inside, 0.0, steps, seconds)
 
 
 def halving_doubling(num_bytes: float, links: Links) -> Prediction:
@@ -51,7 +51,7 @@ def halving_doubling(num_bytes: float, links: Links) -> Prediction:
         inside, leaving = 2 * num_bytes * (local - 1), 2 * num_bytes * (1 - 1 / nodes)
         inner_steps, outer_steps = 2 * int(math.log2(local)), 2 * int(math.log2(nodes))
         seconds = _seconds(links.intra, inside, inner_steps) + _seconds(links.inter, leaving, outer_steps)
-        return Prediction(seconds, leaving, inside, 0.0, inner_steps + outer_steps)
+        return Prediction(seconds, leaving, inside, 0.0, inner_steps + outer_steps, seconds)
     powers = 1 << (links.world_size.bit_length() - 1)
     has_rest = powers < links.world_size
     steps = 2 * int(math.log2(powers)) + 2 * has_rest
@@ -60,7 +60,7 @@ def halving_doubling(num_bytes: float, links: Links) -> Prediction:
     # One of those that take part sends the message on once; one of the rest only sends it, and waits.
     sent = local * (2 * num_bytes * (1 - 1 / powers) + num_bytes * has_rest)
     seconds = _seconds(link, local * by_rank, steps)
-    return Prediction(seconds, sent if nodes > 1 else 0.0, 0.0 if nodes > 1 else sent, 0.0, steps)
+    return Prediction(seconds, sent if nodes > 1 else 0.0, 0.0 if nodes > 1 else sent, 0.0, steps, seconds)
 
 
 def pipelined_tree(num_bytes: float, links: Links) -> Prediction:
@@ -80,7 +80,7 @@ def pipelined_tree(num_bytes: float, links: Links) -> Prediction:
     # The busiest ranks send 2·b with their share of the bandwidth.
     busiest = 2 * num_bytes * local if local > 1 else 0.0
     seconds = latency + max(_seconds(links.intra, busiest, 0), _seconds(links.inter, leaving, 0))
-    return Prediction(seconds, leaving, 2 * num_bytes * (local - 1), 0.0, inner_steps + outer_steps)
+    return Prediction(seconds, leaving, 2 * num_bytes * (local - 1), 0.0, inner_steps + outer_steps, seconds)
 
 
 def hierarchical(num_bytes: float, links: Links) -> Prediction:
@@ -95,7 +95,7 @@ def hierarchical(num_bytes: float, links: Links) -> Prediction:
     if _is_power_of_two(nodes):
         outer_steps = 2 * int(math.log2(nodes))
     seconds = _seconds(links.intra, inside, inner_steps) + _seconds(links.inter, leaving, outer_steps)
-    return Prediction(seconds, leaving, inside, 0.0, inner_steps + outer_steps)
+    return Prediction(seconds, leaving, inside, 0.0, inner_steps + outer_steps, seconds)
 
 
 ALL_REDUCE: dict[str, Callable[[float, Links], Prediction]] = {
