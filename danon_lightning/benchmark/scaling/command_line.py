@@ -1,8 +1,8 @@
 """The command line of ``danon-bench scaling``."""
 
 import argparse
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -18,7 +18,7 @@ from danon_lightning.benchmark.scaling.exchanges import DEFAULT, exchange_names
 from danon_lightning.benchmark.scaling.job import WARMUP_STEPS, Outcome, Plan
 from danon_lightning.benchmark.scaling.plot import save_plot
 from danon_lightning.benchmark.scaling.report import LEGEND, notes, projection_table, rate_table, summary, to_json
-from danon_lightning.benchmark.scaling.results import Projection, Row, project, rows_of
+from danon_lightning.benchmark.scaling.results import Projection, Row, Setting, probed_links, project, rows_of
 from danon_lightning.benchmark.scaling.runner import JobFailedError, run_job
 from danon_lightning.benchmark.scaling.workload import Workload
 from danon_lightning.strategies.communication.cost_model import Links
@@ -48,26 +48,32 @@ class Preset:
 
 
 PRESETS = {
-    "mixed": Preset(2.5, 16, 100.0, 1.0, "dense gradients hide at 10 Gbit/s, not at 1 Gbit/s and less"),
+    "mixed": Preset(1.2, 16, 50.0, 0.5, "dense gradients hide at 10 Gbit/s, not at 1 Gbit/s and less"),
     "hidden": Preset(0.5, 32, 1000.0, 0.0625, "dense gradients fit behind the computing, even at 100 Mbit/s"),
 }
 _DEFAULT_PRESET = "mixed"
 _DEFAULT_HOSTS = [2, 4, 8]
 _DEFAULT_RATES = [100.0, 1000.0, 10000.0]
+# What the hosts together may send and receive; more than two cores can bear would measure the cores.
+_MOST_MBIT = 4000.0
 _DEFAULT_PROJECTED = [64, 512, 4096]
 
 _DESCRIPTION = f"""\
 Measures how much faster several hosts train than one, data-parallel, each with a batch of the same size, and how much
 of the exchange of gradients is not hidden behind the backward pass. Hosts are emulated, with one rank each and links of
 a chosen rate. They share the processors of this machine; so computing is replaced by waiting for as long, the layers'
-gradients coming one after another as in a real backward pass, in buckets that are exchanged meanwhile. What is
-exchanged, and the processor time that takes, is real: with many hosts and fast links the few processors are the limit,
-which is said. There is no optimizer step.
+gradients coming one after another as in a real backward pass, in buckets that are exchanged meanwhile. There is no
+optimizer step.
+
+What is exchanged is real, and so is the processor time that takes. Where it is more than these processors can do, time
+is dilated (Gupta et al., "To Infinity and Beyond: Time-Warped Network Emulation", NSDI 2006): links are, say, ten times
+slower and waiting takes ten times as long, so that all else, latency and coding too, is ten times faster beside them.
+Ratios stay as they are, and seconds are printed divided by that factor, which stands in the title.
 
 The median step counts, after {WARMUP_STEPS} steps of warm-up. Beside it stands what the cost model predicts, from a
-probe of the links, the time to code gradients and the step on one host; then, from links and codes measured among the
-fewest hosts, what is projected for clusters that nobody has measured here. The projection takes the network to be as
-fast between any two hosts however many there are."""
+probe of the links, the time to code gradients and the step on one host; then what is projected for clusters that nobody
+has measured here. For that codes take what they take a rank that is alone, links have the bandwidth of the fewest hosts
+however many there are, and latency grows with the hosts that one sends to as it does between those measured."""
 
 _EXAMPLES = """\
 examples:
@@ -124,6 +130,12 @@ def add_parser(subparsers: "Subparsers") -> None:
     add("--layers", type=positive_int, metavar="N", help="layers that share them, likewise")
     add("--compute-ms", type=positive_float, metavar="MS", help="forward and backward pass of a step, likewise")
     add("--bucket-mb", type=positive_float, metavar="MIB", help="size of a gradient bucket, likewise")
+    add(
+        "--dilation",
+        type=positive_float,
+        metavar="N",
+        help="how many times slower time passes (default: as many as this machine needs to move what all hosts send)",
+    )
     add("--steps", type=positive_int, default=7, metavar="N", help="steps that count (default: %(default)s)")
     add(
         "--project",
@@ -171,6 +183,7 @@ def run(args: argparse.Namespace) -> int:
         "compute_ms": 1e3 * workload.compute_seconds,
         "bucket_bytes": workload.bucket_bytes,
         "steps": args.steps,
+        "dilation": args.dilation,
         "project": args.project,
     }
     environment = describe_environment() | {"network": "emulated hosts" if emulated else "loopback"}
@@ -181,10 +194,9 @@ def run(args: argparse.Namespace) -> int:
     )
     rows: list[Row] = []
     projections: list[Projection] = []
-    with (
-        open_network(counts[-1]) as hosts,
-        ProgressDisplay(console, 1 + len(rates) * len(counts)) as display,
-    ):
+    probed: dict[float | None, list[Links]] = {}
+    jobs = [(mbit, count) for mbit in rates for count in counts]
+    with open_network(counts[-1]) as hosts, ProgressDisplay(console, 1 + len(jobs)) as display:
         display.show("one host", f"{len(exchanges)} exchanges", 0)
         try:
             alone = run_job(plan, 1, None, hosts)
@@ -192,36 +204,49 @@ def run(args: argparse.Namespace) -> int:
             console.print(f"[red]one host, which all others are compared to, failed:[/] {escape(str(error))}")
             console.print(error.detail, markup=False)
             return 1
-        single = _single_seconds(alone)
+        # It is the same whatever is not exchanged.
+        single = min(measurement.seconds for measurement in alone.measured.values())
+        costs = {name: measured.costs for name, measured in alone.measured.items()}
         console.print(f"one host: {1e3 * single:.1f} ms a step\n")
         for mbit in rates:
+            dilation = args.dilation or dilation_for(counts[-1], mbit)
+            dilated = workload.dilated(dilation)
+            waiting = dilated.compute_seconds - workload.compute_seconds
+            setting = Setting(exchanges, mbit, dilated, single + waiting, dilation)
+            slow = None if mbit is None else mbit / dilation
             if hosts is not None:
-                hosts.set_rate(mbit)
-            found, links = [], None
+                hosts.set_rate(slow)
+            outcomes: dict[int, Outcome | JobFailedError] = {}
             for count in counts:
-                display.show(f"{format_rate(mbit)}: {count} hosts", f"{len(exchanges)} exchanges", 1 + len(rows))
+                done = 1 + jobs.index((mbit, count))
+                display.show(f"{format_rate(mbit)}: {count} hosts", f"{len(exchanges)} exchanges", done)
                 try:
-                    outcome = run_job(plan, count, mbit, hosts)
+                    outcomes[count] = run_job(replace(plan, workload=dilated), count, slow, hosts)
                 except JobFailedError as error:
-                    failed = (count, mbit, "failed", single, str(error), error.detail)
-                    found += [Row(name, *failed) for name in exchanges]
-                    continue
-                links = links or outcome.links
-                found += rows_of(outcome, exchanges, count, mbit, workload, single)
-            found.sort(key=lambda row: (exchanges.index(row.exchange), row.hosts))
-            projected = _project(args, mbit, plan, single, links, alone)
+                    outcomes[count] = error
+            probed[mbit] = probed_links(outcomes)
+            found = rows_of(setting, outcomes)
+            projected = project(setting, args.project, probed[mbit], costs)
             rows += found
             projections += projected
-            console.print(rate_table(found, f"{format_rate(mbit)}: {title}"))
+            at_rate = format_rate(mbit) + ("" if dilation == 1 else f" (time dilated {dilation:g} ×)")
+            console.print(rate_table(found, f"{at_rate}: {title}"))
             if projected:
-                console.print(projection_table(projected, f"more hosts at {format_rate(mbit)}"))
+                console.print(projection_table(projected, f"more hosts at {at_rate}"))
+            elif args.project:
+                console.print("Nothing is projected: that needs the links of at least two numbers of hosts.")
             console.print(*notes(found), "", sep="\n", soft_wrap=True)
             if args.json:  # each time: who interrupts the rest keeps this
-                write_json(args.json, to_json(arguments, environment, rows, projections))
+                write_json(args.json, to_json(arguments, environment, rows, projections, probed))
     if args.plot:
         save_plot(rows, projections, title, args.plot)
     console.print(summary(rows, [file for file in (args.json, args.plot) if file]), soft_wrap=True, markup=False)
     return 1 if any(row.status == "failed" for row in rows) else 0
+
+
+def dilation_for(hosts: int, mbit: float | None) -> float:
+    """How many times slower this machine has to go at it to move what all hosts may send at once."""
+    return 1.0 if mbit is None else float(max(1, math.ceil(hosts * mbit / _MOST_MBIT)))
 
 
 def workload_of(args: argparse.Namespace) -> Workload:
@@ -233,20 +258,6 @@ def workload_of(args: argparse.Namespace) -> Workload:
         (args.compute_ms or preset.compute_ms) / 1e3,
         args.bucket_mb or preset.bucket_mb,
     )
-
-
-def _single_seconds(alone: Outcome) -> float:
-    """The step on one host, which is the same whatever is not exchanged: the shortest median."""
-    return min(measurement.seconds for measurement in alone.measured.values())
-
-
-def _project(
-    args: argparse.Namespace, mbit: float | None, plan: Plan, single: float, links: Links | None, alone: Outcome
-) -> list[Projection]:
-    if links is None:
-        return []
-    costs: Mapping[str, object] = {name: measured.costs for name, measured in alone.measured.items()}
-    return project(plan.exchanges, args.project, mbit, plan.workload, single, links, costs)  # type: ignore[arg-type]
 
 
 def _check(args: argparse.Namespace) -> list[int]:

@@ -134,7 +134,7 @@ def _combine(
 ) -> Measurement:
     by_rank = [torch.zeros(len(times), 2, dtype=torch.float64) for _ in range(world_size)]
     dist.all_gather(by_rank, torch.tensor(times, dtype=torch.float64))
-    slowest = [max((tuple(one) for one in step)) for step in torch.stack(by_rank, 1).tolist()]
+    slowest = [max(tuple(one) for one in step) for step in torch.stack(by_rank, 1).tolist()]
     return Measurement(
         seconds=statistics.median(step for step, _ in slowest),
         best_seconds=min(step for step, _ in slowest),

@@ -1,4 +1,7 @@
-"""Speed-up and exposed communication by number of hosts. Needs matplotlib: see ``danon_lightning.benchmark.plotting``."""
+"""Speed-up and exposed communication by number of hosts.
+
+Needs matplotlib: see ``danon_lightning.benchmark.plotting``.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +27,7 @@ def save_plot(rows: Sequence[Row], projections: Sequence[Projection], title: str
     rates = list(dict.fromkeys(row.mbit for row in rows))
     exchanges = list(dict.fromkeys(row.exchange for row in rows))
     colors = {name: "black" if name == "ddp" else colormaps["tab10"](i) for i, name in enumerate(exchanges)}
-    figure = Figure(figsize=(5 * max(1, len(rates)) + 2, 8), layout="constrained")
+    figure = Figure(figsize=(5 * max(1, len(rates)) + 2, 9), layout="constrained")
     charts = figure.subplots(2, max(1, len(rates)), squeeze=False, sharex=True, sharey="row")
     for (upper, lower), mbit in zip(charts.T, rates, strict=True):
         measured = [row for row in rows if row.mbit == mbit and row.measured]
@@ -35,7 +38,7 @@ def save_plot(rows: Sequence[Row], projections: Sequence[Projection], title: str
             mine = [row for row in measured if row.exchange == name]
             theirs = [one for one in projected if one.exchange == name]
             _draw(upper, lower, mine, theirs, colors[name])
-        upper.set(xscale="log", yscale="log", title=format_rate(mbit))
+        upper.set_title(format_rate(mbit))
         upper.set_xscale("log", base=2)
         upper.set_yscale("log", base=2)
         upper.xaxis.set_major_formatter("{x:g}")
@@ -53,7 +56,7 @@ def save_plot(rows: Sequence[Row], projections: Sequence[Projection], title: str
         for marker, fill, label in styles
     ]
     handles.append(Line2D([], [], color="grey", linestyle="--", label="as many times as hosts"))
-    figure.legend(handles=handles, loc="outside right upper", fontsize="small")
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize="small")
     figure.suptitle(title)
     figure.savefig(path, format="png", dpi=150)
 

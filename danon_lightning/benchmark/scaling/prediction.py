@@ -1,5 +1,7 @@
 """What a step takes, by the cost model: computing, and what of the exchange is not hidden behind it."""
 
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from danon_lightning.benchmark.scaling.exchanges import DDP, compression_of
@@ -52,6 +54,37 @@ def predict_step(
     return StepPrediction(compute_seconds + exposed, exposed, leaving)
 
 
-def with_hosts(links: Links, hosts: int) -> Links:
-    """The same links in a cluster of another size."""
-    return replace(links, nodes=hosts, pairwise=None)
+def links_of(probed: Sequence[Links], hosts: int, exchange: str) -> Links:
+    """The links of a cluster, as an exchange uses them.
+
+    Links that were probed are taken as they were found; but in a ring a host sends to one other at a time, so that its
+    latency is that of the smallest cluster. Those of a cluster that was not probed are those of the smallest one, whose
+    ranks wait least for one another's processors. Where a host sends to all others, each of these adds to latency and
+    overhead what it adds to the overhead from one probe to the next: processor time, which waiting does not spoil.
+
+    Args:
+        probed: Of at least one number of hosts, with a rank each; of two for a cluster that is not among them.
+        hosts: Number of hosts.
+        exchange: Its name.
+    """
+    first = min(probed, key=lambda links: links.nodes)
+    found = next((links for links in probed if links.nodes == hosts), first)
+    assert first.inter is not None and found.inter is not None
+    inter = found.inter
+    if exchange == DDP:
+        inter = replace(inter, latency_seconds=min(inter.latency_seconds, first.inter.latency_seconds))
+    elif found.nodes != hosts:
+        more = (hosts - first.nodes) * _overhead_of_a_peer(probed)
+        inter = replace(
+            inter,
+            latency_seconds=inter.latency_seconds + more,
+            overhead_seconds=inter.overhead_seconds + more,
+        )
+    return replace(found, nodes=hosts, inter=inter, pairwise=None)
+
+
+def _overhead_of_a_peer(probed: Sequence[Links]) -> float:
+    """Seconds that each host more keeps a thread busy by: the slope of a line through all probes, at least 0."""
+    points = [(links.nodes, links.inter.overhead_seconds) for links in probed if links.inter is not None]
+    slope, _ = statistics.linear_regression(*zip(*points, strict=True))
+    return max(0.0, slope)

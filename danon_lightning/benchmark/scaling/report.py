@@ -11,6 +11,7 @@ from rich.table import Table
 
 from danon_lightning.benchmark.network import format_rate
 from danon_lightning.benchmark.scaling.results import Projection, Row
+from danon_lightning.strategies.communication.cost_model import Links
 
 # How far off a prediction may be.
 TARGET = 0.15
@@ -21,8 +22,7 @@ LEGEND = """\
 step      median on the slowest rank, in ms: waiting in place of computing, and what of the exchange is not hidden
 speed-up  throughput of all hosts, as a multiple of one host's without an exchange
 exposed   share of the step from the last gradient to the last mean
-error     how far off the cost model's step is, as a share of the measured one
-MB sent   left a host in a step, by this package's own count"""
+pred.     the same by the cost model; the error is that of its step, as a share of the measured one"""
 
 
 def rate_table(rows: Sequence[Row], title: str) -> Table:
@@ -34,8 +34,7 @@ def rate_table(rows: Sequence[Row], title: str) -> Table:
     """
     table = Table(title=title, title_justify="left")
     table.add_column("exchange", no_wrap=True)
-    headings = ("hosts", "step", "predicted", "error", "speed-up", "predicted", "exposed", "MB sent")
-    for heading in headings:
+    for heading in ("hosts", "step", "pred.", "error", "speed-up", "pred.", "exposed"):
         table.add_column(heading, justify="right", no_wrap=True)
     last = ""
     for row in rows:
@@ -43,19 +42,18 @@ def rate_table(rows: Sequence[Row], title: str) -> Table:
             table.add_section()
         last, measured, predicted = row.exchange, row.measured, row.predicted
         if measured is None:
-            table.add_row(row.exchange, str(row.hosts), "[red]failed[/]", *["-"] * 6)
+            table.add_row(row.exchange, str(row.hosts), "[red]failed[/]", *["-"] * 5)
             continue
         colour = "" if row.error is None or abs(row.error) <= TARGET else "[yellow]"
         table.add_row(
             row.exchange,
             str(row.hosts),
-            f"{1e3 * measured.seconds:.1f}",
-            "-" if predicted is None else f"{1e3 * predicted.seconds:.1f}",
+            f"{1e3 * measured.seconds / row.dilation:.1f}",
+            "-" if predicted is None else f"{1e3 * predicted.seconds / row.dilation:.1f}",
             "-" if row.error is None else f"{colour}{row.error:+.1%}",
             f"{row.speedup:.2f}",
             "-" if row.predicted_speedup is None else f"{row.predicted_speedup:.2f}",
             f"{row.exposed:.1%}",
-            "-" if measured.payload_bytes is None else f"{measured.payload_bytes / 1e6:.4g}",
         )
     return table
 
@@ -74,7 +72,7 @@ def projection_table(projections: Sequence[Projection], title: str) -> Table:
         table.add_row(
             one.exchange,
             f"{one.hosts:,}",
-            f"{1e3 * one.predicted.seconds:.1f}",
+            f"{1e3 * one.predicted.seconds / one.dilation:.1f}",
             f"{one.speedup:,.1f}",
             f"{one.speedup / one.hosts:.1%}",
             f"{one.exposed:.1%}",
@@ -130,6 +128,7 @@ def to_json(
     environment: Mapping[str, Any],
     rows: Sequence[Row],
     projections: Sequence[Projection],
+    links: Mapping[float | None, Sequence[Links]],
 ) -> dict[str, Any]:
     """All there is to keep of a run, as JSON can hold it. Rates are in Mbit/s, null for unshaped.
 
@@ -137,7 +136,8 @@ def to_json(
         arguments: What was asked for, defaults included.
         environment: What it ran on.
         rows: What was measured.
-        projections: What was not.
+        projections: What was not. Seconds of both, and of links, are dilated where a dilation stands beside them.
+        links: By rate: the links as probed, an entry for each number of hosts.
     """
     return {
         "benchmark": "scaling",
@@ -154,4 +154,5 @@ def to_json(
             for row in rows
         ],
         "projected": [{**asdict(one), "speedup": one.speedup, "exposed": one.exposed} for one in projections],
+        "links": [{"mbit": mbit, **one.to_json()} for mbit, probed in links.items() for one in probed],
     }

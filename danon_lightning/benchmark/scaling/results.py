@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from danon_lightning.benchmark.scaling.job import Measurement, Outcome
-from danon_lightning.benchmark.scaling.prediction import StepPrediction, predict_step, with_hosts
+from danon_lightning.benchmark.scaling.prediction import StepPrediction, links_of, predict_step
+from danon_lightning.benchmark.scaling.runner import JobFailedError
 from danon_lightning.benchmark.scaling.workload import Workload
 from danon_lightning.strategies.communication.cost_model import CodingCosts, Links
 
@@ -25,6 +26,7 @@ class Row:
         measured: Its figures; None if it was not measured.
         predicted: What the cost model says; None if the links could not be measured.
         link_mbit: Bandwidth between hosts as probed, of payload, in Mbit/s.
+        dilation: All seconds here are so many times as long as they stand for, and the link was as much slower.
     """
 
     exchange: str
@@ -37,6 +39,7 @@ class Row:
     measured: Measurement | None = None
     predicted: StepPrediction | None = None
     link_mbit: float | None = None
+    dilation: float = 1.0
 
     @property
     def speedup(self) -> float | None:
@@ -71,6 +74,7 @@ class Projection:
         mbit: Rate of each host's link in Mbit/s; None for unshaped.
         single_seconds: Median step on one host, measured.
         predicted: The step.
+        dilation: As in :class:`Row`.
     """
 
     exchange: str
@@ -78,6 +82,7 @@ class Projection:
     mbit: float | None
     single_seconds: float
     predicted: StepPrediction
+    dilation: float = 1.0
 
     @property
     def speedup(self) -> float:
@@ -90,52 +95,74 @@ class Projection:
         return self.predicted.exposed_seconds / self.predicted.seconds
 
 
-def rows_of(
-    outcome: Outcome, exchanges: Sequence[str], hosts: int, mbit: float | None, workload: Workload, single: float
-) -> list[Row]:
-    """The rows of a job that has come to its end.
+@dataclass(frozen=True)
+class Setting:
+    """What the rows at one rate have in common.
+
+    Attributes:
+        exchanges: Names of the exchanges.
+        mbit: Rate of each host's link in Mbit/s; None for unshaped.
+        workload: Gradients and computing, as long as it is waited for.
+        single_seconds: Median step on one host, without an exchange, as long.
+        dilation: How many times longer than what it stands for.
+    """
+
+    exchanges: tuple[str, ...]
+    mbit: float | None
+    workload: Workload
+    single_seconds: float
+    dilation: float = 1.0
+
+
+def rows_of(setting: Setting, outcomes: Mapping[int, Outcome | JobFailedError]) -> list[Row]:
+    """The rows of all jobs at one rate, by exchange.
 
     Args:
-        outcome: What it has found.
-        exchanges: Names of the exchanges.
-        hosts: Number of hosts.
-        mbit: Rate of their links.
-        workload: What was measured.
-        single: Median step on one host.
+        setting: What they have in common.
+        outcomes: What became of them, by number of hosts.
     """
+    probed = probed_links(outcomes)
     rows = []
-    for name in exchanges:
-        measured, links = outcome.measured[name], outcome.links
-        predicted = None if links is None else predict_step(name, workload, single, links, measured.costs)
-        rate = links.inter.bytes_per_second * 8 / 1e6 if links is not None and links.inter is not None else None
-        rows.append(Row(name, hosts, mbit, "finished", single, "", "", measured, predicted, rate))
+    for name in setting.exchanges:
+        for hosts, outcome in outcomes.items():
+            common = (name, hosts, setting.mbit)
+            if isinstance(outcome, JobFailedError):
+                text, detail = str(outcome), outcome.detail
+                failed = Row(*common, "failed", setting.single_seconds, text, detail, dilation=setting.dilation)
+                rows.append(failed)
+                continue
+            measured, predicted, rate = outcome.measured[name], None, None
+            if outcome.links is not None and outcome.links.inter is not None:
+                links = links_of(probed, hosts, name)
+                predicted = predict_step(name, setting.workload, setting.single_seconds, links, measured.costs)
+                rate = setting.dilation * outcome.links.inter.bytes_per_second * 8 / 1e6
+            row = Row(*common, "finished", setting.single_seconds, "", "", measured, predicted, rate, setting.dilation)
+            rows.append(row)
     return rows
 
 
+def probed_links(outcomes: Mapping[int, Outcome | JobFailedError]) -> list[Links]:
+    """The links of those jobs that could measure them."""
+    return [one.links for one in outcomes.values() if isinstance(one, Outcome) and one.links is not None]
+
+
 def project(
-    exchanges: Sequence[str],
-    hosts: Sequence[int],
-    mbit: float | None,
-    workload: Workload,
-    single: float,
-    links: Links,
-    costs: Mapping[str, CodingCosts],
+    setting: Setting, hosts: Sequence[int], probed: Sequence[Links], costs: Mapping[str, CodingCosts]
 ) -> list[Projection]:
     """What more hosts would do, each with processors of its own.
 
     Args:
-        exchanges: Names of the exchanges.
+        setting: Exchanges, gradients and computing of each.
         hosts: Numbers of hosts.
-        mbit: Rate of their links.
-        workload: Gradients and computing of each.
-        single: Median step on one host.
-        links: As measured among few enough hosts that they did not wait for one another's processors.
+        probed: The links of clusters of other sizes; with fewer than two of these nothing is projected.
         costs: Of coding, by exchange, as measured by a rank that was alone.
     """
-    return [
-        Projection(
-            name, count, mbit, single, predict_step(name, workload, single, with_hosts(links, count), costs[name])
-        )
-        for name in exchanges
-        for count in hosts
-    ]
+    if len(probed) < 2:
+        return []
+    found = []
+    for name in setting.exchanges:
+        for count in hosts:
+            links, single = links_of(probed, count, name), setting.single_seconds
+            predicted = predict_step(name, setting.workload, single, links, costs[name])
+            found.append(Projection(name, count, setting.mbit, single, predicted, setting.dilation))
+    return found

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,10 @@ class Workload:
         """The workload whose number of elements is nearest to ``elements``; buckets in units of 2²⁰ bytes."""
         side = max(1, round(math.sqrt(elements / layers) / _SIDE_STEP)) * _SIDE_STEP
         return cls(layers, side, compute_seconds, max(1, round(bucket_mb * 2**20)))
+
+    def dilated(self, factor: float) -> "Workload":
+        """The same with so many times as much waiting."""
+        return replace(self, compute_seconds=factor * self.compute_seconds)
 
     @property
     def elements(self) -> int:
