@@ -233,8 +233,8 @@ class Runs:
         """Take what all runs have in common."""
         self._sizes, self._timed_steps, self._full = sizes, timed_steps, full
         self._hosts, self._timeout = hosts, timeout
-        # Of rank 0, by name.
-        self.whole: dict[str, Trained] = {}
+        # By name, then by rank.
+        self.whole: dict[str, list[Trained]] = {}
 
     def run(self, name: str, mbit: float) -> Result:
         """One run at one rate, at which the links already are."""
@@ -249,14 +249,14 @@ class Runs:
         if name == ALONE:
             return Result(name, mbit, seconds, megabytes, [], "")
         if whole:
-            self.whole[name] = ranks[0]
+            self.whole[name] = ranks
             return Result(name, mbit, seconds, megabytes, ranks[0].points, "trained at this rate")
         known = self.whole[learned]
-        difference = loss_difference(ranks[0].losses, known.losses)
-        source = f"{self._timed_steps} steps timed, losses those of {learned} within {difference:.1e}"
+        difference = max(loss_difference(a.losses, b.losses) for a, b in zip(ranks, known, strict=True))
+        source = f"{self._timed_steps} steps timed, all ranks' losses those of {learned} within {difference:.1e}"
         # As the whole run had it, its first steps took longer.
         start = sum(ranks[0].step_seconds[:WARMUP_STEPS]) - WARMUP_STEPS * seconds
-        curve = [(step, start + step * seconds, bits) for step, _, bits in known.points]
+        curve = [(step, start + step * seconds, bits) for step, _, bits in known[0].points]
         return Result(name, mbit, seconds, megabytes, curve, source)
 
 
@@ -271,26 +271,23 @@ def with_target(result: Result, target: float) -> Result:
 
 
 def table_of(results: Sequence[Result], alone: Result, title: str) -> Table:
-    """The figures at one rate; DDP is among them."""
+    """The figures at one rate; DDP is among them, and all others are compared with it. ``end``: bits a byte."""
     ddp = next(result for result in results if result.name == "ddp")
     table = Table(title=title, title_justify="left")
-    table.add_column("run", overflow="fold")
-    for heading in ("s/step", "s to target", "ddp ÷", "MB/step", "MB to target", "ddp ÷", "at the end"):
+    table.add_column("run", overflow="fold", min_width=12)
+    for heading in ("s/step", "target, s", "ddp ÷", "MB/step", "ddp ÷", "end"):
         table.add_column(heading, justify="right", no_wrap=True)
     for one in results:
-        time_ratio = bytes_ratio = "-"
+        ratio = "-"
         if one.seconds_to_target and ddp.seconds_to_target:
-            time_ratio = f"{ddp.seconds_to_target / one.seconds_to_target:.2f}"
-        if one.megabytes_to_target and ddp.megabytes_to_target:
-            bytes_ratio = f"{ddp.megabytes_to_target / one.megabytes_to_target:.2f}"
+            ratio = f"{ddp.seconds_to_target / one.seconds_to_target:.2f}"
         table.add_row(
             one.name,
             f"{one.step_seconds:.3f}",
-            "not reached" if one.seconds_to_target is None else f"{one.seconds_to_target:.1f}",
-            time_ratio,
+            "never" if one.seconds_to_target is None else f"{one.seconds_to_target:.1f}",
+            ratio,
             f"{one.megabytes_a_step:.3f}",
-            "-" if one.megabytes_to_target is None else f"{one.megabytes_to_target:.0f}",
-            bytes_ratio,
+            f"{ddp.megabytes_a_step / one.megabytes_a_step:.1f}",
             f"{one.curve[-1][2]:.3f}" if one.curve else "-",
         )
     bound = ddp.step_seconds / alone.step_seconds
@@ -315,6 +312,8 @@ def save_plot(results: Sequence[Result], targets: dict[float, float], title: str
                 axes.plot(seconds, bits, label=one.name, marker=".", **style)
         axes.axhline(target, color="grey", linewidth=0.8, label="target")
         axes.set(xscale="log", xlabel="seconds of training", ylabel="validation bits a byte", title=format_rate(mbit))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(lambda x, position: f"{x:g}" if f"{x:e}"[0] in "25" else "")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     figure.suptitle(title)
@@ -388,7 +387,7 @@ def main() -> None:
             targets[mbit] = args.target or (1 + args.tolerance) * end
             there = [with_target(one, targets[mbit]) for one in there]
             results += [alone, *there]
-            millions = runs.whole["dense"].parameters / 1e6
+            millions = runs.whole["dense"][0].parameters / 1e6
             title = (
                 f"{millions:.1f} M parameters on {NODES} × {RANKS} ranks at {format_rate(mbit)}, to "
                 f"{targets[mbit]:.3f} bits a byte"
@@ -400,7 +399,7 @@ def main() -> None:
                     "version": danon_lightning.__version__,
                     "arguments": vars(args) | {"json": str(args.json), "plot": str(args.plot)},
                     "environment": describe_environment(),
-                    "parameters": runs.whole["dense"].parameters,
+                    "parameters": runs.whole["dense"][0].parameters,
                     "targets": {f"{rate:g}": target for rate, target in targets.items()},
                     "results": [asdict(one) for one in results],
                 }
