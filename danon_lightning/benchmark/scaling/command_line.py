@@ -137,7 +137,7 @@ def add_parser(subparsers: "Subparsers") -> None:
         "--dilation",
         type=positive_float,
         metavar="N",
-        help="how many times slower time passes (default: the preset's, or as many as two cores need to move what all hosts may send)",
+        help="how many times slower time passes (default: the preset's, or as two cores need it)",
     )
     add("--steps", type=positive_int, default=7, metavar="N", help="steps that count (default: %(default)s)")
     add(
