@@ -8,8 +8,9 @@ from danon_lightning.benchmark.attention import command_line as attention
 from danon_lightning.benchmark.communication import command_line as communication
 from danon_lightning.benchmark.links import command_line as links
 from danon_lightning.benchmark.recall import command_line as recall
+from danon_lightning.benchmark.scaling import command_line as scaling
 
-_SUBJECTS = [links, communication, attention, recall]
+_SUBJECTS = [links, communication, scaling, attention, recall]
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 

@@ -1,0 +1,1 @@
+"""``danon-bench scaling``: speed-up by number of hosts, measured, predicted and projected."""
