@@ -1,7 +1,7 @@
 """What torch.distributed.pipelining does not document and this package relies on: a stage of its schedules.
 
-Nothing else in the package may touch such names; ``tests/strategies/pipeline/test_torch_internals.py`` fails where
-torch has changed one of them.
+But for ``orders.py``, which reads off what schedules do, nothing else in the package may touch such names;
+``tests/strategies/pipeline/test_torch_internals.py`` fails where torch has changed one of them.
 """
 
 from collections.abc import Iterator, Sequence
