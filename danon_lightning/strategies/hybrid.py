@@ -477,16 +477,17 @@ class DanonHybridStrategy(ReplicatedStrategy):
         """Write a checkpoint, with what compression has left out so far. Every rank must call it."""
         communicator = self._communicator
         full = "optimizer_states" in checkpoint  # not one of weights only
+        if full and (self._stale is not None or self._local is not None):
+            self._refuse_to_gather_after_failure()
+            # First: it waits for what is under way, which changes what compression has left out.
+            checkpoint[_SYNC_KEY] = self._sync_state()
         if communicator is not None and (self._compressor is not None or self._auto is not None) and full:
-            if self._has_failed or self.lightning_module is not None and self.lightning_module.trainer.interrupted:
+            if self._others_may_be_gone():
                 rank_zero_warn("the checkpoint has no residuals: after an error other ranks cannot be asked for theirs")
             else:
                 state = communicator.state_dict(per_rank=self._residual_checkpoint == "per_rank")
                 if state is not None:
                     checkpoint[_CHECKPOINT_KEY] = state
-        if full and (self._stale is not None or self._local is not None):
-            self._refuse_to_gather_after_failure()
-            checkpoint[_SYNC_KEY] = self._sync_state()
         super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
 
     @override

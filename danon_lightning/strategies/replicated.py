@@ -156,7 +156,7 @@ class ReplicatedStrategy(DDPStrategy):
 
     def _with_means(self, state: dict[str, Any], local: LocalSteps) -> dict[str, Any]:
         assert self.lightning_module is not None
-        if not local.steps or self._has_failed or self.lightning_module.trainer.interrupted:
+        if not local.steps or self._others_may_be_gone():
             return state
         means = {id(parameter): name for name, parameter in self._held(self.lightning_module)}
         found = local.mean_weights()
@@ -177,8 +177,13 @@ class ReplicatedStrategy(DDPStrategy):
         every = range(len(optimizer.indices))
         return {**state, "state": gather_plain(state["state"], every, group, self.root_device)}
 
+    def _others_may_be_gone(self) -> bool:
+        """Whether there was an error, after which other ranks cannot be asked for anything."""
+        module = self.lightning_module
+        return self._has_failed or (module is not None and module.trainer.interrupted)
+
     def _refuse_to_gather_after_failure(self) -> None:
-        if self._has_failed or self.lightning_module is not None and self.lightning_module.trainer.interrupted:
+        if self._others_may_be_gone():
             raise RuntimeError("no checkpoint is written after an error: other ranks cannot be asked for their part")
 
     def _replicas(self) -> tuple[dist.ProcessGroup | None, set[int]]:

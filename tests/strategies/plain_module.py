@@ -55,6 +55,22 @@ def loader(batch_size: int, dtype: str = "float32", *, rank: int = 0, ranks: int
     return DataLoader(data, batch_size=batch_size, sampler=range(rank, len(data), ranks))
 
 
+def trainer_with(strategy, *, folder=None, ranks=1, nodes=1, **options) -> pl.Trainer:
+    """A Trainer that is quiet and leaves no files."""
+    defaults = {"logger": False, "enable_checkpointing": False}
+    return pl.Trainer(
+        strategy=strategy,
+        accelerator="cpu",
+        devices=ranks,
+        num_nodes=nodes,
+        default_root_dir=folder,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,  # Lightning's would shuffle
+        **{**defaults, **options},
+    )
+
+
 # Odd sizes; those of at least 4096 elements in two or more dimensions are compressed.
 SHAPES = {
     "first": (96, 130), "norm": (300,), "table": (61, 83), "bias": (83,), "little": (7, 9), "deep": (4, 33, 40),

@@ -22,24 +22,9 @@ from danon_lightning.testing import RankFailedError, run_distributed
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # each rank imports this file anew, and its neighbour with it
-from plain_module import PlainModule, loader  # noqa: E402
+from plain_module import PlainModule, loader, trainer_with  # noqa: E402
 
 GLOBAL_BATCH = 8
-
-
-def trainer_with(strategy, *, folder=None, ranks=1, nodes=1, **options):
-    return pl.Trainer(
-        strategy=strategy,
-        accelerator="cpu",
-        devices=ranks,
-        num_nodes=nodes,
-        default_root_dir=folder,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,  # Lightning's would shuffle
-        **{"enable_checkpointing": False, **options},
-    )
 
 
 def parameters(module):

@@ -4,7 +4,6 @@ import sys
 import warnings
 from pathlib import Path
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor
@@ -15,7 +14,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE / "pipeline")]
 from lightning_modules import Tied  # noqa: E402
 from lightning_modules import loader as token_loader  # noqa: E402
-from plain_module import PlainModule, loader  # noqa: E402
+from plain_module import PlainModule, loader, trainer_with  # noqa: E402
 
 from danon_lightning.optim import OneBitAdam  # noqa: E402
 from danon_lightning.strategies import DanonHybridStrategy  # noqa: E402
@@ -47,20 +46,6 @@ class Scheduled(PlainModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def trainer_with(strategy, devices, folder, **options):
-    return pl.Trainer(
-        strategy=strategy,
-        accelerator="cpu",
-        devices=devices,
-        default_root_dir=folder,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        enable_checkpointing=False,
-        **{"max_epochs": 2, "logger": False, **options},
-    )
-
-
 def weights(module):
     return {name: p.detach().clone() for name, p in module.named_parameters() if p.device.type != "meta"}
 
@@ -85,7 +70,14 @@ def fit(sharding, folder, devices=2, rank=0, **options):
     resumed = options.pop("ckpt_path", None)
     module = Scheduled()
     strategy = DanonHybridStrategy(optimizer_sharding=sharding) if devices > 1 else "auto"
-    trainer = trainer_with(strategy, devices, folder, accumulate_grad_batches=2, gradient_clip_val=0.5, **options)
+    trainer = trainer_with(
+        strategy,
+        ranks=devices,
+        folder=folder,
+        accumulate_grad_batches=2,
+        gradient_clip_val=0.5,
+        **{"max_epochs": 2, **options},
+    )
     batches = loader(BATCH // devices, rank=trainer.global_rank if devices > 1 else 0, ranks=devices)
     trainer.fit(module, batches, ckpt_path=resumed, weights_only=True if resumed else None)
     return trainer, module
@@ -143,7 +135,9 @@ def shard_stages(folder):
     ends, states, sizes = [], [], []
     for sharding in (False, True):
         strategy = DanonHybridStrategy(pipeline_parallel_size=2, num_microbatches=2, optimizer_sharding=sharding)
-        trainer = trainer_with(strategy, 4, folder, precision="64-true", gradient_clip_val=0.1, max_epochs=1)
+        trainer = trainer_with(
+            strategy, ranks=4, folder=folder, precision="64-true", gradient_clip_val=0.1, max_epochs=1
+        )
         module = Adam()
         batches = token_loader(2, strategy.mesh.data_parallel_rank)
         trainer.fit(module, batches)
@@ -153,7 +147,7 @@ def shard_stages(folder):
         sizes.append(state_bytes(trainer.optimizers[0]))
         trainer = trainer_with(strategy := DanonHybridStrategy(
             pipeline_parallel_size=2, num_microbatches=2, optimizer_sharding=not sharding
-        ), 4, folder, precision="64-true", gradient_clip_val=0.1, max_epochs=2)  # fmt: skip
+        ), ranks=4, folder=folder, precision="64-true", gradient_clip_val=0.1, max_epochs=2)  # fmt: skip
         module = Adam()
         trainer.fit(module, token_loader(2, strategy.mesh.data_parallel_rank), ckpt_path=path, weights_only=True)
         ends.append({name: value for name, value in module.state_dict().items() if type(value) is torch.Tensor})
@@ -181,6 +175,6 @@ def test_optimizers_that_need_all_at_once_are_refused(optimizer, options):
 
 def test_one_process_has_nothing_to_share(tmp_path):
     module = Scheduled()
-    trainer = trainer_with(DanonHybridStrategy(optimizer_sharding=True), 1, tmp_path, max_steps=1, max_epochs=-1)
+    trainer = trainer_with(DanonHybridStrategy(optimizer_sharding=True), folder=tmp_path, max_steps=1, max_epochs=-1)
     trainer.fit(module, loader(BATCH))
     assert type(trainer.optimizers[0]) is optim.AdamW

@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE / "pipeline")]
 from lightning_modules import Tied  # noqa: E402
 from lightning_modules import loader as token_loader  # noqa: E402
-from plain_module import PlainModule, loader  # noqa: E402
+from plain_module import PlainModule, loader, trainer_with  # noqa: E402
 
 from danon_lightning.strategies import AsyncSync, DanonHybridStrategy, ErrorFeedback, PeriodicSync  # noqa: E402
 from danon_lightning.testing import run_distributed  # noqa: E402
@@ -99,25 +99,11 @@ def simulated(make, batches, mode, epochs, clip=None):
     return replicas[0].state_dict()
 
 
-def trainer_with(strategy, devices, folder, **options):
-    return pl.Trainer(
-        strategy=strategy,
-        accelerator="cpu",
-        devices=devices,
-        default_root_dir=folder,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        **{"enable_checkpointing": False, "max_epochs": 3, **options},
-    )
-
-
 def fit(folder, mode, *, ckpt_path=None, resumed_as=None, module=None, strategy=None, **options):
     torch.manual_seed(0)
     module = module or Scheduled()
     strategy = DanonHybridStrategy(sync_mode=mode, **(strategy or {}))
-    trainer = trainer_with(strategy, 2, folder, **options)
+    trainer = trainer_with(strategy, ranks=2, folder=folder, **{"max_epochs": 3, **options})
     batches = loader(4, "float64", rank=trainer.global_rank, ranks=2)
     trainer.fit(module, batches, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
     return trainer, module
@@ -164,8 +150,14 @@ def synchronise_otherwise(folder):
         found[name] = module.state_dict(), note.staleness
 
     # Checkpoints in mid-epoch and mid-period.
-    for name, mode, kept in (("async", COMPENSATED, "mean"), ("exact", PERIOD, "per_rank"), ("mean", PERIOD, "mean")):
-        options = {"strategy": {"residual_checkpoint": kept, "compression": "int8"}}
+    residual = {"compression": "int4", "error_feedback": True}
+    for name, mode, kept, coded in (
+        ("async", COMPENSATED, "mean", {"compression": "int8"}),
+        ("async residual", "async", "per_rank", residual),
+        ("exact", PERIOD, "per_rank", {"compression": "int8"}),
+        ("mean", PERIOD, "mean", {"compression": "int8"}),
+    ):
+        options = {"strategy": {"residual_checkpoint": kept, **coded}}
         note = Note(folder / f"{name}.ckpt")
         _, whole = fit(folder, mode, callbacks=[note], **options)
         _, resumed = fit(folder, mode, ckpt_path=note.path, **options)
@@ -213,7 +205,7 @@ def test_replicas_do_what_a_simulation_does_and_resume(tmp_path):
             assert staleness == ([1.0] * 18 if name != "periodic" else [float(n % 4) for n in range(1, 19)])
 
     for result in results:
-        for name in ("async resumed", "exact resumed"):
+        for name in ("async resumed", "async residual resumed", "exact resumed"):
             whole, resumed, _ = result[name]
             close(resumed, whole, 0)
         whole, resumed, _ = result["mean resumed"]
@@ -249,7 +241,7 @@ def synchronise_stages(folder):
                 pipeline_parallel_size=2, num_microbatches=2, sync_mode=mode, residual_checkpoint="per_rank"
             )
             options = {"precision": "64-true", "max_epochs": 2, "gradient_clip_val": 0.5}
-            trainer = trainer_with(strategy, 4, folder, callbacks=[] if resume else [note], **options)
+            trainer = trainer_with(strategy, ranks=4, folder=folder, callbacks=[] if resume else [note], **options)
             torch.manual_seed(0)
             module = StagedTied()
             batches = token_loader(2, strategy.mesh.data_parallel_rank)
