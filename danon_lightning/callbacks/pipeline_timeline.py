@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 from typing_extensions import override
+
+from danon_lightning.callbacks.pipelines import HasTimeline, Pass
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,21 +20,6 @@ _COLOURS = {
     "waiting": "#eecc66",
 }
 _COMPUTE = ("forward", "backward", "weights")
-
-
-class _Pass(Protocol):
-    stage: int
-    kind: str
-    micro_batch: int
-    start: float
-    end: float
-
-
-@runtime_checkable
-class _HasTimeline(Protocol):
-    def measure_pipeline(self) -> None: ...
-
-    def pipeline_timeline(self) -> Sequence[Sequence[_Pass]]: ...
 
 
 class PipelineTimeline(pl.Callback):
@@ -67,7 +54,7 @@ class PipelineTimeline(pl.Callback):
         """Refuse a strategy without stages."""
         import matplotlib  # noqa: F401  # rather now than at the end of the first step
 
-        if not isinstance(trainer.strategy, _HasTimeline):
+        if not isinstance(trainer.strategy, HasTimeline):
             raise TypeError(
                 f"PipelineTimeline needs pipeline stages, {type(trainer.strategy).__name__} has none: leave it out, or "
                 "train with strategy=DanonHybridStrategy(pipeline_parallel_size=2)"
@@ -101,7 +88,7 @@ class PipelineTimeline(pl.Callback):
                 writer.add_figure("pipeline/timeline", figure, trainer.global_step)
 
 
-def draw_timeline(ranks: Sequence[Sequence[_Pass]], title: str = "") -> "Figure":
+def draw_timeline(ranks: Sequence[Sequence[Pass]], title: str = "") -> "Figure":
     """A row for each rank of a pipeline, time to the right.
 
     Args:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from danon_lightning.callbacks.performance_monitor.pipeline_share import Pass
+from danon_lightning.callbacks.pipelines import Pass
 
 _COMPUTE = ("forward", "backward", "weights")
 # A pass: its kind, its stage, its micro-batch.

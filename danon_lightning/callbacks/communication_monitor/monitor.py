@@ -28,8 +28,9 @@ from danon_lightning.callbacks.communication_monitor.summary import (
 )
 from danon_lightning.callbacks.health import Finding
 from danon_lightning.callbacks.performance_monitor.clocks import Clock
-from danon_lightning.callbacks.performance_monitor.pipeline_share import HasTimeline, split_training_step
+from danon_lightning.callbacks.performance_monitor.pipeline_share import split_training_step
 from danon_lightning.callbacks.performance_monitor.step_times import StepTimes, ends_step, in_steps
+from danon_lightning.callbacks.pipelines import HasTimeline
 from danon_lightning.callbacks.ranks import gather_numbers
 
 

@@ -13,11 +13,12 @@ from danon_lightning.callbacks import logs
 from danon_lightning.callbacks.health import Finding
 from danon_lightning.callbacks.performance_monitor.clocks import Clock
 from danon_lightning.callbacks.performance_monitor.memory import MemoryMeter, limit_of
-from danon_lightning.callbacks.performance_monitor.pipeline_share import HasTimeline, split_training_step, take_out
+from danon_lightning.callbacks.performance_monitor.pipeline_share import split_training_step, take_out
 from danon_lightning.callbacks.performance_monitor.samples import Count, samples_in, tokens_in
 from danon_lightning.callbacks.performance_monitor.step_times import StepTimes, ends_step, profiler_of
 from danon_lightning.callbacks.performance_monitor.summary import RankWindow, RunTotals, values_to_log
 from danon_lightning.callbacks.performance_monitor.trace import Trace, traced_steps
+from danon_lightning.callbacks.pipelines import HasTimeline
 from danon_lightning.callbacks.ranks import gather_numbers, replicas_of
 
 
