@@ -76,6 +76,22 @@ def output_file(text: str) -> Path:
     return path
 
 
+def add_output_files(parser: argparse.ArgumentParser, drawn: str) -> None:
+    """Add ``--json`` and ``--plot``.
+
+    Args:
+        parser: Of a subcommand.
+        drawn: What the plot shows, for the help.
+    """
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write all figures to this file")
+    parser.add_argument(
+        "--plot",
+        type=output_file,
+        metavar="FILE",
+        help=f"draw {drawn} into this PNG file; needs matplotlib (pip install 'danon-lightning[bench]')",
+    )
+
+
 def _float(text: str) -> float:
     try:
         return float(text)

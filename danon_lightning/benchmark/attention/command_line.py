@@ -9,10 +9,10 @@ import torch
 from rich.console import Console
 
 from danon_lightning.benchmark.arguments import (
+    add_output_files,
     format_length,
     importable,
     length,
-    output_file,
     positive_float,
     positive_int,
 )
@@ -143,13 +143,7 @@ def add_parser(subparsers: "Subparsers") -> None:
         help="whether to measure streaming (default: yes)",
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="write all figures to this file")
-    parser.add_argument(
-        "--plot",
-        type=output_file,
-        metavar="FILE",
-        help="draw all figures into this PNG file; needs matplotlib (pip install 'danon-lightning[bench]')",
-    )
+    add_output_files(parser, "all figures")
     parser.set_defaults(run=run, parser=parser)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.markup import escape
 
-from danon_lightning.benchmark.arguments import output_file, positive_float, positive_int, rate
+from danon_lightning.benchmark.arguments import add_output_files, positive_float, positive_int, rate
 from danon_lightning.benchmark.communication.export import to_json
 from danon_lightning.benchmark.communication.job import WARMUP_STEPS, Progress
 from danon_lightning.benchmark.communication.measurement import Setting, default_step_limit, measure_variants
@@ -111,14 +111,7 @@ def add_parser(subparsers: "Subparsers") -> None:
         help="a step that takes longer is a hang: its job is killed (default: 30, and four times what flat needs on "
         "the wire)",
     )
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="write all figures to this file")
-    parser.add_argument(
-        "--plot",
-        type=output_file,
-        metavar="FILE",
-        help="draw step time against bandwidth into this PNG file; needs matplotlib (pip install "
-        "'danon-lightning[bench]')",
-    )
+    add_output_files(parser, "step time against bandwidth")
     parser.set_defaults(run=run, parser=parser)
 
 

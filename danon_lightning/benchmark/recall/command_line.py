@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from rich.console import Console
 
-from danon_lightning.benchmark.arguments import importable, length, output_file, positive_float, positive_int
+from danon_lightning.benchmark.arguments import add_output_files, importable, length, positive_float, positive_int
 from danon_lightning.benchmark.environment import describe_machine
 from danon_lightning.benchmark.json_file import write_json
 from danon_lightning.benchmark.plotting import missing_reason
@@ -110,14 +110,7 @@ def add_parser(subparsers: "Subparsers") -> None:
         "--jobs", type=positive_int, metavar="N", help="trainings at the same time (default: as many as cores)"
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="write all figures to this file")
-    parser.add_argument(
-        "--plot",
-        type=output_file,
-        metavar="FILE",
-        help="draw the figure against steps into this PNG file; needs matplotlib (pip install "
-        "'danon-lightning[bench]')",
-    )
+    add_output_files(parser, "the figure against steps")
     parser.set_defaults(run=run, parser=parser)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.markup import escape
 
-from danon_lightning.benchmark.arguments import output_file, positive_float, positive_int, rate
+from danon_lightning.benchmark.arguments import add_output_files, positive_float, positive_int, rate
 from danon_lightning.benchmark.environment import describe_environment
 from danon_lightning.benchmark.json_file import write_json
 from danon_lightning.benchmark.network import format_rate, loopback_reason, open_network
@@ -148,13 +148,7 @@ def add_parser(subparsers: "Subparsers") -> None:
         metavar="N",
         help="numbers of hosts to project to (default: 64 512 4096); with no number none",
     )
-    add("--json", type=output_file, metavar="FILE", help="write all figures to this file")
-    add(
-        "--plot",
-        type=output_file,
-        metavar="FILE",
-        help="draw them into this PNG file; needs matplotlib (pip install 'danon-lightning[bench]')",
-    )
+    add_output_files(parser, "them")
     parser.set_defaults(run=run, parser=parser)
 
 
