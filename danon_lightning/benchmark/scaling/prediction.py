@@ -9,6 +9,9 @@ from danon_lightning.benchmark.scaling.workload import Workload
 from danon_lightning.strategies.communication.cost_model import CodingCosts, Links, predict_exchange
 from danon_lightning.strategies.communication.cost_model.textbook import ring
 
+# Threads of torch's gloo process group, each of which works at one all-reduce.
+_GLOO_THREADS = 2
+
 
 @dataclass(frozen=True)
 class StepPrediction:
@@ -30,7 +33,8 @@ def predict_step(
 ) -> StepPrediction:
     """What a step takes with an exchange.
 
-    Plain DistributedDataParallel is taken to all-reduce its buckets by ring, one after another as they become ready.
+    Plain DistributedDataParallel is taken to all-reduce its buckets by ring as they become ready, two at a time: they
+    share the link, but the latency of one passes while the other sends.
 
     Args:
         exchange: Its name.
@@ -44,21 +48,36 @@ def predict_step(
     buckets, ready = workload.buckets(), workload.ready_seconds(compute_seconds)
     if exchange == DDP:
         rings = [ring(sum(4 * matrix.numel() for _, matrix in bucket), links) for bucket in buckets]
-        now = 0.0
-        for moment, one in zip(ready, rings, strict=True):
-            now = max(now, moment) + one.seconds
-        exposed, leaving = now - ready[-1], sum(one.inter_node_bytes for one in rings)
+        exposed = _last_mean(ready, [one.seconds for one in rings], ring(0, links).seconds) - ready[-1]
+        leaving = sum(one.inter_node_bytes for one in rings)
     else:
         found = predict_exchange(buckets, links, compression=compression_of(exchange), costs=costs, ready=ready)
         exposed, leaving = found.exposed_seconds, found.inter_node_bytes
     return StepPrediction(compute_seconds + exposed, exposed, leaving)
 
 
+def _last_mean(ready: Sequence[float], seconds: Sequence[float], latency: float) -> float:
+    """When the last of several all-reduces ends that begin when they are ready and a thread is free for them.
+
+    Args:
+        ready: When each is ready.
+        seconds: What each takes if it is alone.
+        latency: The part of that which does not keep the link busy.
+    """
+    ended: list[float] = []
+    link_is_free = 0.0
+    for moment, alone in zip(ready, seconds, strict=True):
+        begin = max(moment, ended[-_GLOO_THREADS] if len(ended) >= _GLOO_THREADS else 0.0)
+        link_is_free = max(link_is_free, begin) + alone - latency
+        ended.append(max(begin + alone, link_is_free))
+    return max(ended)
+
+
 def links_of(probed: Sequence[Links], hosts: int, exchange: str) -> Links:
     """The links of a cluster, as an exchange uses them.
 
     Links that were probed are taken as they were found; but in a ring a host sends to one other at a time, so that its
-    latency is that of the smallest cluster. Those of a cluster that was not probed are those of the smallest one, whose
+    link is that of the smallest cluster. Those of a cluster that was not probed are those of the smallest one, whose
     ranks wait least for one another's processors. Where a host sends to all others, each of these adds to latency and
     overhead what it adds to the overhead from one probe to the next: processor time, which waiting does not spoil.
 
@@ -72,7 +91,7 @@ def links_of(probed: Sequence[Links], hosts: int, exchange: str) -> Links:
     assert first.inter is not None and found.inter is not None
     inter = found.inter
     if exchange == DDP:
-        inter = replace(inter, latency_seconds=min(inter.latency_seconds, first.inter.latency_seconds))
+        inter = first.inter
     elif found.nodes != hosts:
         more = (hosts - first.nodes) * _overhead_of_a_peer(probed)
         inter = replace(
