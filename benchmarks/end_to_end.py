@@ -9,11 +9,13 @@ the same weights on the same batches. What is compared is how long each run trai
 ``--tolerance`` of what dense gradients reach in the end, and how many bytes leave a host until then. Time counts from
 the first step, set-up and validation left out.
 
-A run is "ddp", "dense", a compressor, "async", "periodic", or arguments of DanonHybridStrategy; "@1.5" gives it half as
-many steps again. Dense gradients and plain DDP are always among them. What a run learns in so many steps does not
-depend on the rate of the links; so each is trained once, at the first rate, and at the others ``--timed-steps`` are
-timed, whose losses must be those of the whole run. DDP averages the same gradients as the dense exchange, in another
-order: it too is timed only, and its losses are compared with the dense ones. ``--full`` trains all in full.
+A run is "ddp", "dense", a compressor, "auto", "async", "periodic", or arguments of DanonHybridStrategy; "@1.5" gives it
+half as many steps again. The optimizer is AdamW, but OneBitAdam for "sign", which AdamW does not tolerate. Dense
+gradients and plain DDP are always among them. What a run learns in so many steps does not depend on the rate of the
+links; so each is trained once, at the first rate, and at the others ``--timed-steps`` are timed, whose losses must be
+those of the whole run. DDP averages the same gradients as the dense exchange, in another order: it too is timed only,
+and its losses are compared with the dense ones. ``--full`` trains all in full. ``--learned FILE`` keeps what runs have
+learned: what is in it is only timed the next time.
 """
 
 import argparse
@@ -21,7 +23,7 @@ import ast
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +125,7 @@ def steps_of(name: str, steps: int) -> int:
 
 def depends_on_time(name: str) -> bool:
     """Whether what a run learns, or what its steps take, cannot be told from a few of them."""
-    return any(word in name for word in ("auto", "periodic", "every_n_steps"))
+    return any(word in name for word in ("auto", "periodic", "every_n_steps", "sign"))
 
 
 def train(name: str, sizes: Sizes, stop_after: int | None) -> Trained:
@@ -133,7 +135,11 @@ def train(name: str, sizes: Sizes, stop_after: int | None) -> Trained:
     steps = steps_of(name, sizes.steps)
     model = FullAttentionLightning(
         {"hidden_size": sizes.width, "num_layers": sizes.layers, "num_heads": 8, "max_sequence_length": sizes.context},
-        {"learning_rate": sizes.learning_rate, "warmup_steps": max(1, steps // 20)},
+        {
+            "name": "onebit_adam" if "sign" in name else "adamw",
+            "learning_rate": sizes.learning_rate,
+            "warmup_steps": max(1, steps // 20),
+        },
     )
     data = ByteTextDataModule(
         context_length=sizes.context,
@@ -226,15 +232,33 @@ def mean_step(trained: Trained) -> float:
     return sum(counted) / len(counted)
 
 
+def write_learned(file: Path, sizes: Sizes, runs: dict[str, list[Trained]]) -> None:
+    """Keep what runs have learned."""
+    content = {"sizes": asdict(sizes), "runs": {name: [asdict(rank) for rank in ranks] for name, ranks in runs.items()}}
+    file.write_text(json.dumps(content) + "\n")
+
+
+def read_learned(file: Path, sizes: Sizes) -> dict[str, list[Trained]]:
+    """What was kept.
+
+    Raises:
+        ValueError: If it is of other sizes.
+    """
+    content = json.loads(file.read_text())
+    if content["sizes"] != asdict(sizes):
+        raise ValueError(f"{file} is of other sizes, {content['sizes']}: name another file, or give those")
+    return {name: [Trained(**rank) for rank in ranks] for name, ranks in content["runs"].items()}
+
+
 class Runs:
     """Trains what has to be trained, and times the rest."""
 
-    def __init__(self, sizes: Sizes, timed_steps: int, full: bool, hosts: EmulatedHosts, timeout: float) -> None:
+    def __init__(self, args: argparse.Namespace, sizes: Sizes, hosts: EmulatedHosts) -> None:
         """Take what all runs have in common."""
-        self._sizes, self._timed_steps, self._full = sizes, timed_steps, full
-        self._hosts, self._timeout = hosts, timeout
+        self._sizes, self._timed_steps, self._full = sizes, args.timed_steps, args.full
+        self._hosts, self._timeout, self._file = hosts, args.timeout, args.learned
         # By name, then by rank.
-        self.whole: dict[str, list[Trained]] = {}
+        self.whole = read_learned(args.learned, sizes) if args.learned and args.learned.exists() else {}
 
     def run(self, name: str, mbit: float) -> Result:
         """One run at one rate, at which the links already are."""
@@ -250,6 +274,8 @@ class Runs:
             return Result(name, mbit, seconds, megabytes, [], "")
         if whole:
             self.whole[name] = ranks
+            if self._file:
+                write_learned(self._file, self._sizes, self.whole)
             return Result(name, mbit, seconds, megabytes, ranks[0].points, "trained at this rate")
         known = self.whole[learned]
         difference = max(loss_difference(a.losses, b.losses) for a, b in zip(ranks, known, strict=True))
@@ -266,8 +292,7 @@ def with_target(result: Result, target: float) -> Result:
     if found is None:
         return result
     step, seconds = found
-    values = asdict(result) | {"seconds_to_target": seconds, "megabytes_to_target": step * result.megabytes_a_step}
-    return Result(**values)
+    return replace(result, seconds_to_target=seconds, megabytes_to_target=step * result.megabytes_a_step)
 
 
 def table_of(results: Sequence[Result], alone: Result, title: str) -> Table:
@@ -324,13 +349,14 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    default_runs = [*available_compressors(), "async", "periodic"]
+    default_runs = [*available_compressors(), "powersgd@1.5", "auto", "async", "periodic"]
     add("--runs", nargs="+", default=default_runs, metavar="RUN", help=f"default: {' '.join(default_runs)}")
     add("--mbit", type=positive_float, nargs="+", default=[1000.0, 100.0], help="rates (default: 1000 100)")
     add("--steps", type=positive_int, default=400, help="optimizer steps (default: %(default)s)")
     add("--validate-every", type=positive_int, default=20, help="steps (default: %(default)s)")
     add("--validation-windows", type=positive_int, default=512, help="of a context each (default: %(default)s)")
     add("--timed-steps", type=positive_int, default=12, help="of what is not trained (default: %(default)s)")
+    add("--learned", type=Path, metavar="FILE", help="keep what runs learn; what is there is only timed")
     add("--full", action="store_true", help="train everything at every rate")
     add("--tolerance", type=float, default=0.01, help="of the target above the dense run's end (default: 0.01)")
     add("--target", type=positive_float, help="bits a byte, in place of that")
@@ -372,7 +398,7 @@ def main() -> None:
     console = Console(highlight=False, soft_wrap=False)
     rates = list(dict.fromkeys(args.mbit))
     with EmulatedHosts(NODES) as hosts:
-        runs = Runs(sizes, args.timed_steps, args.full, hosts, args.timeout)
+        runs = Runs(args, sizes, hosts)
         for mbit in rates:
             hosts.set_rate(mbit)
             console.print(f"{format_rate(mbit)}: {ALONE}")
@@ -397,7 +423,7 @@ def main() -> None:
                 content = {
                     "benchmark": "end_to_end",
                     "version": danon_lightning.__version__,
-                    "arguments": vars(args) | {"json": str(args.json), "plot": str(args.plot)},
+                    "arguments": vars(args) | {name: str(vars(args)[name]) for name in ("json", "plot", "learned")},
                     "environment": describe_environment(),
                     "parameters": runs.whole["dense"][0].parameters,
                     "targets": {f"{rate:g}": target for rate, target in targets.items()},

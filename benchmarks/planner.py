@@ -52,6 +52,7 @@ LAYOUTS = [
     Layout(2, 2, 8, "interleaved_1f1b", stages_per_rank=2, compression="int8"),
     Layout(1, 4, 8, "gpipe"),
 ]
+SIDE = 256
 # Memory is touched for the first time, and stages find out what they hold.
 WARM_UP = 3
 
@@ -64,7 +65,7 @@ class _Wait(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.seconds = 2 * seconds * len(x)
         time.sleep(seconds * len(x))
-        return x + weight[0]
+        return x + weight[0, 0]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
@@ -79,7 +80,7 @@ class WaitingLayer(nn.Module):
     def __init__(self, numel: int, seconds: float) -> None:
         """Take the size of the weight, and the time of a sample."""
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(numel))
+        self.weight = nn.Parameter(torch.zeros(SIDE, numel // SIDE))  # a matrix: vectors are not compressed
         self.seconds = seconds
 
     def forward(self, x: Tensor) -> Tensor:

@@ -267,17 +267,18 @@ class Predictor:
         links = group_links(mesh, self.cluster.links)
         total = float(sum(parameter.nbytes for _, parameter in trained))
         replicas = mesh.data_parallel_size
-        nodes = links.nodes
-        # Each node gets what the replicas of others have moved; binomial trees send it to one of its ranks after
-        # another, in the worst case.
-        leaving = total * (nodes - 1) / nodes * (links.ranks_per_node if nodes > 1 else 0)
+        nodes, local = links.nodes, links.ranks_per_node
+        # Binomial trees, one after another: in each round twice as many ranks have the message, and in those that cross
+        # nodes all ranks of a node that have it send at once.
+        crossing = math.ceil(math.log2(nodes))
+        leaving = total * (nodes - 1) / nodes * (local if nodes > 1 else 0)
         seconds = (
             replicas
             * math.ceil(math.log2(replicas))
             * max(link.latency_seconds for link in (links.inter, links.intra) if link is not None)
         )
         if links.inter is not None:
-            seconds += leaving / links.inter.bytes_per_second
+            seconds += total * local * crossing / links.inter.bytes_per_second
         elif links.intra is not None:
             seconds += total * (replicas - 1) / links.intra.bytes_per_second
         return leaving, seconds

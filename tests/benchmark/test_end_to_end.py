@@ -39,11 +39,21 @@ def test_runs_by_name(script):
     periodic = script.strategy_of("every_n_steps=7,compression=int8")
     assert periodic._sync_mode == PeriodicSync(every_n_steps=7)
     assert (script.steps_of("topk@1.5", 200), script.steps_of("topk", 200)) == (300, 200)
-    assert [name for name in ("dense", "int8", "async", "periodic", "auto", "every_n_steps=7") if
-            script.depends_on_time(name)] == ["periodic", "auto", "every_n_steps=7"]  # fmt: skip
+    assert [name for name in ("dense", "int8", "async", "periodic", "auto", "sign", "every_n_steps=7") if
+            script.depends_on_time(name)] == ["periodic", "auto", "sign", "every_n_steps=7"]  # fmt: skip
     for wrong in ("what", "sync_mode=sometimes", "no_such_argument=1"):
         with pytest.raises(ValueError, match=wrong.rpartition("=")[0] or wrong):
             script.strategy_of(wrong)
+
+
+def test_what_runs_learn_can_be_kept(script, tmp_path):
+    sizes = script.Sizes(8, 1, 8, 4, 10, 5, 1, 0.1, 0)
+    runs = {"int8": [script.Trained(CURVE, [0.5], [1.0], 7, 9), script.Trained(losses=[2.0])]}
+    script.write_learned(tmp_path / "learned.json", sizes, runs)
+    known = script.read_learned(tmp_path / "learned.json", sizes)
+    assert [tuple(point) for point in known["int8"][0].points] == CURVE and known["int8"][1] == runs["int8"][1]
+    with pytest.raises(ValueError, match="of other sizes.*name another file"):
+        script.read_learned(tmp_path / "learned.json", script.replace(sizes, steps=20))
 
 
 def test_table_and_picture(script, tmp_path):
