@@ -266,22 +266,15 @@ class Predictor:
         """Bytes that a node sends while replicas hand out what they have moved, and the seconds that it takes."""
         links = group_links(mesh, self.cluster.links)
         total = float(sum(parameter.nbytes for _, parameter in trained))
-        replicas = mesh.data_parallel_size
-        nodes, local = links.nodes, links.ranks_per_node
-        # Binomial trees, one after another: in each round twice as many ranks have the message, and in those that cross
-        # nodes all ranks of a node that have it send at once.
-        crossing = math.ceil(math.log2(nodes))
-        leaving = total * (nodes - 1) / nodes * (local if nodes > 1 else 0)
-        seconds = (
-            replicas
-            * math.ceil(math.log2(replicas))
-            * max(link.latency_seconds for link in (links.inter, links.intra) if link is not None)
-        )
+        others = mesh.data_parallel_size - 1
+        if not others:
+            return 0.0, 0.0
+        # In a ring, out of each node by one of its links.
+        sent = total * others / (others + 1)
         if links.inter is not None:
-            seconds += total * local * crossing / links.inter.bytes_per_second
-        elif links.intra is not None:
-            seconds += total * (replicas - 1) / links.intra.bytes_per_second
-        return leaving, seconds
+            return sent, others * links.inter.latency_seconds + sent / links.inter.bytes_per_second
+        assert links.intra is not None
+        return 0.0, others * links.intra.latency_seconds + total * others / links.intra.bytes_per_second
 
     def _travelling(self, layout: Layout, mesh: Mesh, cuts: Cuts) -> list[float]:
         """What each node sends to others between stages."""

@@ -88,6 +88,23 @@ class ShardedOptimizer(OSS):
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # or they warn that it has been exchanged
 
     @override
+    def _broadcast_params(self) -> None:
+        """Hand round what each replica has moved.
+
+        What all have is gathered, everybody sending at the same time; fairscale has one replica after another broadcast
+        its part. Only what a part has more than the smallest one is broadcast.
+        """
+        for parts in self.buckets.values():
+            buffers = {rank: part.buffer for rank, part in parts.items()}
+            common = min(buffer.numel() for buffer in buffers.values()) if len(buffers) == self.world_size else 0
+            if common:
+                gathered = [buffers[rank][:common] for rank in range(self.world_size)]
+                dist.all_gather(gathered, gathered[self.rank].clone(), group=self.group)
+            for rank, buffer in sorted(buffers.items()):
+                if buffer.numel() > common:
+                    dist.broadcast(buffer[common:], self._local_to_global_rank[rank], group=self.group)
+
+    @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Take in more parameters, which must be held by all replicas."""
         super().add_param_group(param_group)
