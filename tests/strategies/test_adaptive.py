@@ -9,12 +9,14 @@ from torch import optim
 
 from danon_lightning.optim import OneBitAdam
 from danon_lightning.strategies import AutoCompression, DanonHybridStrategy, TopKCompressor
+from danon_lightning.strategies.communication.adaptive import forecast
 from danon_lightning.strategies.communication.adaptive.choice import Chooser
 from danon_lightning.strategies.communication.adaptive.controller import Controller, by_name
 from danon_lightning.strategies.communication.adaptive.forecast import Forecaster
 from danon_lightning.strategies.communication.adaptive.measurement import Measured, from_numbers
 from danon_lightning.strategies.communication.adaptive.settings import FOR_ANY_OPTIMIZER, FOR_SGD, label
 from danon_lightning.strategies.communication.cost_model import CodingCosts, Link, Links, predict_exchange
+from danon_lightning.strategies.communication.cost_model.traffic import exchange_traffic
 from danon_lightning.strategies.optimizer_checks import allowed_compressions
 
 DEVICE = torch.device("cpu")
@@ -181,10 +183,9 @@ def test_a_choice_that_is_no_longer_allowed_is_left_at_once():
 
 def test_hysteresis():
     chooser = Chooser(AutoCompression(gain=0.1, confirmations=2, tie=0.03))
-    assert chooser.update({"off": 1.0, "int8": 0.92}, "off") == "off"  # not enough
-    assert chooser.update({"off": 1.0, "int8": 0.92}, "off") == "off"
+    assert [chooser.update({"off": 1.0, "int8": 0.975}, "off") for _ in range(50)] == ["off"] * 50  # alike
     assert chooser.update({"off": 1.0, "int8": 0.5}, "off") == "off"  # not confirmed
-    assert chooser.update({"off": 1.0, "int8": 0.95}, "off") == "off"  # a pause begins anew
+    assert chooser.update({"off": 1.0, "int8": 0.975}, "off") == "off"  # a pause begins anew
     assert chooser.update({"off": 1.0, "int8": 0.5}, "off") == "off"
     assert chooser.update({"off": 1.0, "int8": 0.5}, "off") == "int8"
     # Back for nothing but less loss.
@@ -194,6 +195,13 @@ def test_hysteresis():
     # Soon left again: the next time takes longer.
     better = [chooser.update({"off": 1.0, "int8": 0.5}, "off") for _ in range(4)]
     assert better == ["off", "off", "off", "int8"]
+
+
+@pytest.mark.parametrize(("gain", "looks"), [(0.5, 2), (0.1, 2), (0.08, 3), (0.05, 4), (0.04, 5)])
+def test_the_less_there_is_to_be_gained_the_more_looks_it_takes(gain, looks):
+    chooser = Chooser(AutoCompression(gain=0.1, confirmations=2, tie=0.03))
+    chosen = [chooser.update({"off": 1.0, "int8": 1.0 - gain}, "off") for _ in range(looks)]
+    assert chosen == ["off"] * (looks - 1) + ["int8"]
 
 
 def test_what_was_a_mistake_takes_more_confirmations():
@@ -212,6 +220,40 @@ def test_what_was_a_mistake_takes_more_confirmations():
     assert again.state_dict() == chooser.state_dict()
     chooser.forget_mistakes()
     assert [chooser.update(fast, "off") for _ in range(2)] == ["off", "int8"]
+
+
+def test_messages_are_planned_once_for_each_candidate_and_kind_of_bucket(monkeypatch):
+    planned = []
+
+    def plan(buckets, levels, compressor, **options):
+        planned.append(label(compressor))
+        return exchange_traffic(buckets, levels, compressor, **options)
+
+    monkeypatch.setattr(forecast, "exchange_traffic", plan)
+    warm = TopKCompressor(0.01, warmup_steps=20, warmup_density=0.05)
+    world = World(100, settings=AutoCompression(candidates=["int8", warm]))
+    forecaster, candidates = world.controller.forecaster, world.controller.candidates
+    measured = Measured(0.2, 0.5, (0.0, 0.05))
+    others = [[one] for bucket in BUCKETS for one in bucket[::-1]][::-1]
+    for step, buckets in [(0, BUCKETS), (0, BUCKETS), (10, BUCKETS), (20, BUCKETS), (25, BUCKETS), (30, others)]:
+        for name, compressor in candidates.items():
+            found = forecaster.exposed_seconds(name, compressor, measured, buckets, step)
+            assert found == predict_exchange(
+                buckets, links_at(100), compression=compressor, costs=CODING, ready=measured.ready, step=step
+            ).exposed_seconds  # fmt: skip
+    # During the warm-up codes become shorter at each step.
+    assert planned.count("off") == planned.count("int8") == 2 and planned.count(label(warm)) == 4
+
+
+def test_predictions_are_there_for_whoever_asks():
+    world = World(100)
+    assert world.controller.predictions == {}
+    world.run(10)
+    predictions = world.controller.predictions
+    assert list(predictions) == list(world.controller.candidates)
+    assert predictions[world.controller.current] == pytest.approx(world.now())
+    world.controller.give_up("nobody knows")
+    assert world.controller.predictions == {}
 
 
 def test_ties_go_to_the_least_lossy():

@@ -49,6 +49,7 @@ class Controller:
 
     Attributes:
         current: Name of the present choice.
+        predictions: Seconds of a step with each candidate, as of the last look; empty where nothing is known.
         warning: What is to be warned of once, if anything.
     """
 
@@ -62,6 +63,7 @@ class Controller:
         """See the class."""
         self.settings, self.candidates, self.forecaster, self._reason = settings, dict(candidates), forecaster, reason
         self.current = OFF
+        self.predictions: dict[str, float] = {}
         self.warning = ""
         self._allowed: set[str] = set(candidates)
         self._chooser = Chooser(settings)
@@ -89,6 +91,7 @@ class Controller:
     def give_up(self, reason: str) -> None:
         """Nothing is known any more: the next decision is for dense gradients, for good."""
         self.forecaster, self._reason, self._has_chosen = None, reason, False
+        self.predictions = {}
 
     def wants_probe(self, measured: Measured | None, buckets: Sequence[Parameters], step: int) -> bool:
         """Compare what was measured with what was predicted; returns whether the link must be probed to tell why.
@@ -164,6 +167,7 @@ class Controller:
             for name, compressor in self.candidates.items()
             if name in self._allowed
         }
+        self.predictions = seconds
         chosen = self._chooser.update(seconds, self.current, at_once=first)
         if chosen == self.current and not first:
             return None

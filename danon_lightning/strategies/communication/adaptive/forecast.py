@@ -9,8 +9,9 @@ import torch
 
 from danon_lightning.strategies.communication.adaptive.measurement import Measured
 from danon_lightning.strategies.communication.adaptive.settings import Candidate
-from danon_lightning.strategies.communication.cost_model import CodingCosts, Links, predict_exchange
-from danon_lightning.strategies.communication.cost_model.traffic import Parameters
+from danon_lightning.strategies.communication.compressors import Compressor
+from danon_lightning.strategies.communication.cost_model import CodingCosts, Levels, Links, predict_exchange
+from danon_lightning.strategies.communication.cost_model.traffic import MessageTraffic, Parameters, exchange_traffic
 
 # What is measured confirms a prediction if the step is as long by this share.
 _TOLERANCE, _NOTICEABLE = 0.1, 0.03
@@ -18,6 +19,8 @@ _TOLERANCE, _NOTICEABLE = 0.1, 0.03
 _SENSITIVE = 0.8
 _SLOWEST, _FASTEST = 2.0**-14, 2.0**14
 _PRECISION = 1.1
+# A region by whose code it is known whether a compressor sends as much as at another step.
+_SAMPLE_NUMEL = 1 << 20
 
 
 @dataclass
@@ -42,6 +45,7 @@ class Forecaster:
     device: torch.device
     scale: float = 1.0
     corrections: dict[str, tuple[float, float]] = field(default_factory=dict)
+    _planned: dict[str, tuple[object, list[list[MessageTraffic]]]] = field(default_factory=dict, init=False)
 
     @property
     def bits_per_second(self) -> float:
@@ -121,4 +125,21 @@ class Forecaster:
             ready=measured.ready,
             step=step,
             device=self.device,
+            traffic=self._traffic(name, compressor, buckets, step),
         ).exposed_seconds
+
+    def _traffic(
+        self, name: str, compressor: Candidate, buckets: Sequence[Parameters], step: int
+    ) -> list[list[MessageTraffic]]:
+        """What the exchange moves. As long as buckets and sizes of codes are the same, it is planned once."""
+        links = self.links
+        levels = Levels.of(
+            links.nodes, links.ranks_per_node, hierarchical=self.hierarchical, compressed=compressor is not None
+        )
+        key: object = [[parameter for parameter, _ in bucket] for bucket in buckets]
+        if isinstance(compressor, Compressor):  # during its warm-up it sends other amounts at each step
+            sent = compressor.payload_bytes(_SAMPLE_NUMEL, step), compressor.prefers_dense(step, levels.outer)
+            key = key, sent
+        if name not in self._planned or self._planned[name][0] != key:
+            self._planned[name] = key, exchange_traffic(buckets, levels, compressor, step=step, device=self.device)
+        return self._planned[name][1]
