@@ -5,14 +5,15 @@
     python benchmarks/auto_compression.py --models convolutions --mbit 100 --no-changes --seconds 5
 
 Two emulated hosts of two ranks train three models of different character, at each rate with plain DDP, with each
-candidate of "auto", and with "auto" itself, from its first step on. Once that has settled, all take turns of a few steps
-(as many as lie between two looks of "auto", so that each turn pays for one), again and again: what else the machine does
-meanwhile disturbs them alike. A step counts as long as it takes the slowest rank; of the turns the median counts.
+candidate of "auto", and with "auto" itself, from its first step on. Once that has settled, all take turns of a few
+steps (as many as lie between two looks of "auto", so that each turn pays for one), again and again: what else the
+machine does meanwhile disturbs them alike. A step counts as long as it takes the slowest rank; of the turns the median
+counts.
 
 Then, for each model, "auto" trains on while the rate of the links changes, from the slowest to each other one and back.
 
-What should come out: "auto" takes at most 1.05 times as long as the best of its candidates and as plain DDP, and a change
-of bandwidth is answered within 20 steps, by a choice of which the same can be said.
+What should come out: "auto" takes at most 1.05 times as long as the best of its candidates and as plain DDP, and a
+change of bandwidth is answered within 20 steps, by a choice of which the same can be said.
 """
 
 import argparse
@@ -240,9 +241,9 @@ def main() -> None:
             NODES, tuple(args.models), None if unavailable else tuple(args.mbit), args.rounds, args.seconds,
             args.settle, not args.no_changes, folder,
         )  # fmt: skip
-        models = run_distributed(
-            measure, NODES * RANKS, plan, timeout=args.timeout, ranks_per_node=RANKS, hosts=hosts
-        )[0]
+        models = run_distributed(measure, NODES * RANKS, plan, timeout=args.timeout, ranks_per_node=RANKS, hosts=hosts)[
+            0
+        ]
     verdicts = {model["model"]: {one["mbit"]: verdict_of(one) for one in model["rates"]} for model in models}
     for model in models:
         by_rate = verdicts[model["model"]]

@@ -251,7 +251,7 @@ def test_predictions_are_there_for_whoever_asks():
     world.run(10)
     predictions = world.controller.predictions
     assert list(predictions) == list(world.controller.candidates)
-    assert predictions[world.controller.current] == pytest.approx(world.now())
+    assert predictions[world.controller.current] == pytest.approx(world.now(), rel=0.01)
     world.controller.give_up("nobody knows")
     assert world.controller.predictions == {}
 

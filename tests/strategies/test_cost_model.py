@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from danon_lightning.strategies import Int8Compressor, TopKCompressor, available_compressors
+from danon_lightning.strategies.communication.compressors import get_compressor
 from danon_lightning.strategies.communication.cost_model import (
     ALL_REDUCE,
     CodingCosts,
@@ -29,7 +30,6 @@ from danon_lightning.strategies.communication.cost_model import (
     ring_order,
     slowest_link,
 )
-from danon_lightning.strategies.communication.compressors import get_compressor
 from danon_lightning.strategies.communication.cost_model.textbook import SAFE_ALGORITHM
 from danon_lightning.strategies.communication.cost_model.traffic import exchange_traffic
 

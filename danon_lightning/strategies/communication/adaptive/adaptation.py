@@ -1,9 +1,11 @@
 """What a communicator with ``compression="auto"`` does at the end of its exchanges, on all ranks alike."""
 
+import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -12,15 +14,20 @@ from torch import Tensor
 
 from danon_lightning.strategies.communication.adaptive.controller import FIRST_LOOK, OFF, Controller, Decision, by_name
 from danon_lightning.strategies.communication.adaptive.forecast import Forecaster
-from danon_lightning.strategies.communication.adaptive.measurement import Measured, StepMeter, from_numbers
+from danon_lightning.strategies.communication.adaptive.measurement import Measured, Moment, StepMeter, from_numbers
 from danon_lightning.strategies.communication.adaptive.settings import FOR_ANY_OPTIMIZER, FOR_SGD, AutoCompression
 from danon_lightning.strategies.communication.cost_model import agree_on_costs, coding_costs, probe_links
 from danon_lightning.strategies.communication.cost_model.traffic import Parameters
 from danon_lightning.strategies.communication.levels import LARGEST_MESSAGE_BYTES, Box, GroupLevel
 from danon_lightning.strategies.mesh import Mesh
 
-# Of a probe between steps only the second part is timed: the first one fills buffers and token buckets on the way.
-_PROBE_PARTS, _PROBE_BYTES, _IN_FLIGHT = 2, 4 << 20, 2
+# Of a probe between steps the first part is not timed: it fills buffers and token buckets on the way. Of the others the
+# fastest counts: a link may seem slower than it is, while processors are busy.
+_PROBE_PARTS, _IN_FLIGHT = 3, 2
+# A part takes about so long on the link as it was before, within these sizes.
+_PART_SECONDS, _LEAST_PART, _MOST_PART = 0.1, 1 << 20, 8 << 20
+# A link that turns out so many times as fast is probed again, with larger parts.
+_MUCH_FASTER = 2.0
 _SENTENCE_BYTES = 512
 _KEPT_DECISIONS = 100
 
@@ -59,6 +66,7 @@ class Adaptation:
         if mesh.num_nodes > 1:
             links, reason = probe_links(mesh, device=device), "the links could not be measured"
         self._has_links = links is not None
+        self._bytes_per_second = links.inter.bytes_per_second if links is not None and links.inter is not None else 0.0
         forecaster = Forecaster(links, {}, hierarchical, device) if links is not None else None
         self.controller = Controller(settings, candidates, forecaster, reason)
         if settings.candidates is None:
@@ -124,7 +132,9 @@ class Adaptation:
                 decision = self._decide(measured, buckets)
         told, decision = self._tell(probes, decision)
         if told:
+            start = time.perf_counter()
             found = self._probe()
+            self.controller.probe_seconds = time.perf_counter() - start
             if self._mesh.rank == 0:
                 assert measured is not None
                 known = measured
@@ -171,10 +181,26 @@ class Adaptation:
 
     def _probe(self) -> float:
         """Bytes a second that a node can send to others at present, all its ranks at once. Collective."""
+        known, size = self._bytes_per_second, 0
+        while True:
+            before, size = (
+                size,
+                max(_LEAST_PART, min(int(_PART_SECONDS * known / self._mesh.ranks_per_node), _MOST_PART)),
+            )
+            if size <= before:
+                break
+            known = self._time_parts(size)
+            if known < _MUCH_FASTER * self._bytes_per_second:
+                break
+        self._bytes_per_second = known
+        return known
+
+    def _time_parts(self, size: int) -> float:
+        """Send parts of so many bytes a rank; returns a node's bytes a second. Collective."""
         outer, works = self._outer, deque[Box]()
         peers = max(outer.size - 1, 1)
-        row = min(_PROBE_BYTES // peers, LARGEST_MESSAGE_BYTES)
-        boxes = -(-_PROBE_BYTES // (peers * row))
+        row = min(size // peers, LARGEST_MESSAGE_BYTES)
+        boxes = -(-size // (peers * row))
 
         def start() -> None:
             box = outer.all_to_all([row] * outer.size)
@@ -186,21 +212,19 @@ class Adaptation:
             box.wait()
             box.release()
 
-        meter = StepMeter(self._device, 1)
-        started = 0
+        started, ends = 0, []
         self._agree_on(torch.zeros(1, dtype=torch.float64))  # so that all begin at once
         for finished in range(_PROBE_PARTS * boxes):
             while started < min(finished + _IN_FLIGHT, _PROBE_PARTS * boxes):
                 start()
                 started += 1
             finish()
-            if finished + 1 == (_PROBE_PARTS - 1) * boxes:
-                meter.bucket_is_ready()
-                meter.pause()
-        meter.end_exchange()
-        seconds = self._agree_on(meter.exposed())
-        remote = sum(outer.remote)
-        return self._mesh.ranks_per_node * boxes * row * remote / max(seconds, 1e-9)
+            if (finished + 1) % boxes == 0:
+                ends.append(Moment(self._device))
+        fastest = min(
+            self._agree_on(torch.tensor([one.until(other)], dtype=torch.float64)) for one, other in pairwise(ends)
+        )
+        return self._mesh.ranks_per_node * boxes * row * sum(outer.remote) / max(fastest, 1e-9)
 
     def _agree_on(self, number: Tensor) -> float:
         """The largest of all ranks."""

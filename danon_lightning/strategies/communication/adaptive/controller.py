@@ -4,6 +4,7 @@ import math
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from danon_lightning.strategies.communication.adaptive.choice import Chooser
@@ -17,8 +18,13 @@ OFF = "off"
 FIRST_LOOK = 2
 # A bandwidth that has changed by this factor since the last look has changed; else it is noise.
 _CHANGED = 1.5
-# Of so many changes in a row, this many to and fro are a contradiction. Then nothing is believed for a while.
-_CHANGES, _TO_AND_FRO, _DISTRUST_LOOKS = 6, 4, 12
+# Of changes within so many looks, this many to and fro are a contradiction. Then nothing is believed for a while.
+_RECENT_LOOKS, _TO_AND_FRO, _DISTRUST_LOOKS = 40, 4, 12
+# A probe that has found nothing new makes more of a difference pass for noise, until looks have confirmed predictions.
+_MOST_DOUBT, _LESS_DOUBT = 4.0, 0.9
+# Of the time between two probes, the second one may take this share though nothing speaks for it: where coding takes
+# longer than the link, steps do not show that it has become faster.
+_PROBING_SHARE = 0.01
 
 _UNCOMPRESSED = "Gradients travel uncompressed"
 
@@ -49,6 +55,7 @@ class Controller:
 
     Attributes:
         current: Name of the present choice.
+        probe_seconds: What the last probe took; None before the first one.
         predictions: Seconds of a step with each candidate, as of the last look; empty where nothing is known.
         warning: What is to be warned of once, if anything.
     """
@@ -64,11 +71,13 @@ class Controller:
         self.settings, self.candidates, self.forecaster, self._reason = settings, dict(candidates), forecaster, reason
         self.current = OFF
         self.predictions: dict[str, float] = {}
+        self.probe_seconds: float | None = None
         self.warning = ""
         self._allowed: set[str] = set(candidates)
         self._chooser = Chooser(settings)
-        self._has_chosen = self._is_verified = self._has_warned = False
-        self._changes: deque[float] = deque(maxlen=_CHANGES)
+        self._has_chosen = self._has_warned = False
+        self._looks, self._changes = 0, deque[tuple[int, float]]()  # at which look, by which factor
+        self._doubt, self._seconds_since_probe = 1.0, 0.0
         self._distrusted_looks = 0
 
     @property
@@ -96,6 +105,8 @@ class Controller:
     def wants_probe(self, measured: Measured | None, buckets: Sequence[Parameters], step: int) -> bool:
         """Compare what was measured with what was predicted; returns whether the link must be probed to tell why.
 
+        It may have changed; or the model is wrong about the present choice, or something else keeps processors busy.
+
         Args:
             measured: Agreed over ranks; None if there is nothing new.
             buckets: In the order in which they are exchanged.
@@ -104,22 +115,22 @@ class Controller:
         forecaster = self.forecaster
         if forecaster is None or measured is None or not self._has_chosen or self.distrusts:
             return False
+        self._looks += 1
+        self._seconds_since_probe += self.settings.every_n_steps * measured.step_seconds
         name, compressor = self.current, self.candidates[self.current]
         predicted = forecaster.exposed_seconds(name, compressor, measured, buckets, step)
-        if forecaster.confirms(measured, predicted):
-            self._is_verified = True
-            return False
-        # Directly after a change it may be the model that is wrong about the new choice. Later, it is the link.
-        scale = forecaster.fit(name, compressor, measured, buckets, step) if self._is_verified else None
-        if scale is None:
+        if not forecaster.confirms(measured, predicted, self._doubt):
             return True
-        self._set_scale(scale)
-        return False
+        self._doubt = max(1.0, _LESS_DOUBT * self._doubt)
+        forecaster.learn(name, compressor, measured, buckets, step)
+        return self.probe_seconds is not None and self.probe_seconds < _PROBING_SHARE * self._seconds_since_probe
 
     def take_probe(
         self, bytes_per_second: float | None, measured: Measured, buckets: Sequence[Parameters], step: int
     ) -> None:
         """Go by a probe of the link; what is left of the difference is the model's error about the present choice.
+
+        Set ``probe_seconds`` before, if it is known.
 
         Args:
             bytes_per_second: Between nodes; None if the probe has failed, which makes this choose dense gradients.
@@ -132,9 +143,11 @@ class Controller:
         if bytes_per_second is None or not 0 < bytes_per_second < math.inf:
             self._distrust(f"a probe has found {bytes_per_second} bytes a second")
             return
-        self._set_scale(bytes_per_second / forecaster.links.inter.bytes_per_second)
-        forecaster.correct(self.current, self.candidates[self.current], measured, buckets, step)
-        self._is_verified = True
+        self._seconds_since_probe = 0.0
+        has_changed = self._set_scale(bytes_per_second / forecaster.links.inter.bytes_per_second)
+        self._doubt = 1.0 if has_changed else min(2 * self._doubt, _MOST_DOUBT)
+        if not self.distrusts:
+            forecaster.learn(self.current, self.candidates[self.current], measured, buckets, step)
 
     def decide(self, measured: Measured | None, buckets: Sequence[Parameters], step: int) -> Decision | None:
         """What to do from now on; None to go on as before.
@@ -174,21 +187,24 @@ class Controller:
         return self._decide(step, chosen, self._why(chosen, seconds, forecaster.bits_per_second))
 
     def _decide(self, step: int, name: str, sentence: str) -> Decision:
-        self._is_verified = self._is_verified and name == self.current
         self.current = name
         return Decision(step, name, sentence)
 
-    def _set_scale(self, scale: float) -> None:
+    def _set_scale(self, scale: float) -> bool:
+        """Returns whether the link has changed."""
         assert self.forecaster is not None
         before, self.forecaster.scale = self.forecaster.scale, scale
         change = scale / before
         if max(change, 1 / change) < _CHANGED:
-            return
+            return False
         self._chooser.forget_mistakes()
-        self._changes.append(change)
-        turns = [(one > 1) != (other > 1) for one, other in zip(self._changes, list(self._changes)[1:], strict=False)]
+        self._changes.append((self._looks, change))
+        while self._changes[0][0] < self._looks - _RECENT_LOOKS:
+            self._changes.popleft()
+        turns = [(one > 1) != (other > 1) for (_, one), (_, other) in pairwise(self._changes)]
         if sum(turns) >= _TO_AND_FRO:
             self._distrust("it seems to change to and fro")
+        return True
 
     def _distrust(self, why: str) -> None:
         self._distrusted_looks = _DISTRUST_LOOKS

@@ -202,7 +202,7 @@ def _average(message: MessageTraffic, clock: _Clock, levels: Levels, costs: Codi
         clock.wait(arrival)
         if message.way in ("dense", "linear"):
             work(costs.add * inner / portions)
-    # What is to be done before the first transfer and after each, and in the end with all: for an element, for a region.
+    # What is to be done before the first transfer, after each, and at last with all: for an element, for a region.
     after = [(0.0, 0.0)] * len(message.phases)
     coding, sums = (costs.encode, costs.encode_region), costs.add * (inner - 1)
     decoding = costs.decode, costs.decode_region
