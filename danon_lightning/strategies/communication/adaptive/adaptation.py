@@ -1,6 +1,5 @@
 """What a communicator with ``compression="auto"`` does at the end of its exchanges, on all ranks alike."""
 
-import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
@@ -12,7 +11,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from danon_lightning.strategies.communication.adaptive.controller import FIRST_LOOK, OFF, Controller, Decision, by_name
+from danon_lightning.strategies.communication.adaptive.controller import (
+    FIRST_LOOK,
+    NOTHING,
+    OFF,
+    PING_SECONDS,
+    PROBE,
+    Controller,
+    Decision,
+    by_name,
+)
 from danon_lightning.strategies.communication.adaptive.forecast import Forecaster
 from danon_lightning.strategies.communication.adaptive.measurement import Measured, Moment, StepMeter, from_numbers
 from danon_lightning.strategies.communication.adaptive.settings import FOR_ANY_OPTIMIZER, FOR_SGD, AutoCompression
@@ -24,10 +32,12 @@ from danon_lightning.strategies.mesh import Mesh
 # Of a probe between steps the first part is not timed: it fills buffers and token buckets on the way. Of the others the
 # fastest counts: a link may seem slower than it is, while processors are busy.
 _PROBE_PARTS, _IN_FLIGHT = 3, 2
-# A part takes about so long on the link as it was before, within these sizes.
-_PART_SECONDS, _LEAST_PART, _MOST_PART = 0.1, 1 << 20, 8 << 20
-# A link that turns out so many times as fast is probed again, with larger parts.
+# Parts that take less are repeated with longer ones.
+_SHORT_SECONDS, _PART_SECONDS, _LEAST_PART, _MOST_PART = 0.005, 0.05, 1 << 19, 8 << 20
+# A link that takes what is sent to see whether it has become faster, in less than this part of the time, may have.
 _MUCH_FASTER = 2.0
+# Of less, a large part would find room in a token bucket on the way.
+_LEAST_PING = 3 << 16
 _SENTENCE_BYTES = 512
 _KEPT_DECISIONS = 100
 
@@ -125,22 +135,22 @@ class Adaptation:
         numbers = self._meter.to_numbers(len(buckets)).to(self._device)
         dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self._group)
         measured = from_numbers(numbers.tolist())
-        probes, decision = False, None
+        look, decision = NOTHING, None
         if self._mesh.rank == 0:
-            probes = bool(self._think(lambda: self.controller.wants_probe(measured, buckets, self.exchanges)))
-            if not probes:
+            look = self._think(lambda: self.controller.wants_probe(measured, buckets, self.exchanges)) or NOTHING
+            if look == NOTHING:
                 decision = self._decide(measured, buckets)
-        told, decision = self._tell(probes, decision)
-        if told:
-            start = time.perf_counter()
-            found = self._probe()
-            self.controller.probe_seconds = time.perf_counter() - start
+        look, decision = self._tell(look, decision)
+        if look != NOTHING:
+            probes = look == PROBE or self._seems_faster()
+            found = self._probe() if probes else None
             if self._mesh.rank == 0:
                 assert measured is not None
                 known = measured
-                self._think(lambda: self.controller.take_probe(found, known, buckets, self.exchanges))
+                if probes:
+                    self._think(lambda: self.controller.take_probe(found, known, buckets, self.exchanges))
                 decision = self._decide(measured, buckets)
-            _, decision = self._tell(False, decision)
+            _, decision = self._tell(NOTHING, decision)
         return decision
 
     def _decide(self, measured: Measured | None, buckets: Sequence[Parameters]) -> Decision | None:
@@ -163,40 +173,44 @@ class Adaptation:
             self.controller.give_up("steps cannot be predicted")
             return None
 
-    def _tell(self, probes: bool, decision: Decision | None) -> tuple[bool, Decision | None]:
+    def _tell(self, look: int, decision: Decision | None) -> tuple[int, Decision | None]:
         """Rank 0's will, on all ranks."""
         names = list(self.controller.candidates)
         index = -1 if decision is None else names.index(decision.name)
-        header = torch.tensor([int(probes), index], dtype=torch.int64, device=self._device)
+        header = torch.tensor([look, index], dtype=torch.int64, device=self._device)
         dist.broadcast(header, 0, group=self._group)
-        told, index = header.tolist()
+        look, index = header.tolist()
         if index < 0:
-            return bool(told), None
+            return look, None
         sentence = decision.sentence.encode()[:_SENTENCE_BYTES] if decision is not None else b""
         text = torch.tensor([*sentence.ljust(_SENTENCE_BYTES, b" ")], dtype=torch.uint8, device=self._device)
         dist.broadcast(text, 0, group=self._group)
         sentence = bytes(text.tolist()).rstrip(b" ")
         self.controller.current = names[index]
-        return bool(told), Decision(self.exchanges, names[index], sentence.decode(errors="replace"))
+        return look, Decision(self.exchanges, names[index], sentence.decode(errors="replace"))
 
     def _probe(self) -> float:
         """Bytes a second that a node can send to others at present, all its ranks at once. Collective."""
-        known, size = self._bytes_per_second, 0
-        while True:
-            before, size = (
-                size,
-                max(_LEAST_PART, min(int(_PART_SECONDS * known / self._mesh.ranks_per_node), _MOST_PART)),
-            )
-            if size <= before:
-                break
-            known = self._time_parts(size)
-            if known < _MUCH_FASTER * self._bytes_per_second:
-                break
-        self._bytes_per_second = known
-        return known
+        ranks = self._mesh.ranks_per_node
+        size, parts = _LEAST_PART, _PROBE_PARTS
+        found = self._time_parts(size, parts)
+        if ranks * size < _SHORT_SECONDS * found:
+            found = self._time_parts(min(int(_PART_SECONDS * found / ranks), _MOST_PART), parts)
+        self._bytes_per_second = found
+        return found
 
-    def _time_parts(self, size: int) -> float:
-        """Send parts of so many bytes a rank; returns a node's bytes a second. Collective."""
+    def _seems_faster(self) -> bool:
+        """Whether the link may have become much faster. Collective, and shorter than a probe."""
+        size = max(_LEAST_PING, int(PING_SECONDS * self._bytes_per_second / self._mesh.ranks_per_node))
+        return self._time_parts(size, 1) > _MUCH_FASTER * self._bytes_per_second
+
+    def _time_parts(self, size: int, parts: int) -> float:
+        """Send parts of so many bytes a rank; returns a node's bytes a second in the fastest but the first. Collective.
+
+        Args:
+            size: Bytes.
+            parts: How many; where there is only one, it counts.
+        """
         outer, works = self._outer, deque[Box]()
         peers = max(outer.size - 1, 1)
         row = min(size // peers, LARGEST_MESSAGE_BYTES)
@@ -212,18 +226,18 @@ class Adaptation:
             box.wait()
             box.release()
 
-        started, ends = 0, []
+        started = 0
         self._agree_on(torch.zeros(1, dtype=torch.float64))  # so that all begin at once
-        for finished in range(_PROBE_PARTS * boxes):
-            while started < min(finished + _IN_FLIGHT, _PROBE_PARTS * boxes):
+        ends = [Moment(self._device)]
+        for finished in range(parts * boxes):
+            while started < min(finished + _IN_FLIGHT, parts * boxes):
                 start()
                 started += 1
             finish()
             if (finished + 1) % boxes == 0:
                 ends.append(Moment(self._device))
-        fastest = min(
-            self._agree_on(torch.tensor([one.until(other)], dtype=torch.float64)) for one, other in pairwise(ends)
-        )
+        seconds = [self._agree_on(torch.tensor([a.until(b)], dtype=torch.float64)) for a, b in pairwise(ends)]
+        fastest = min(seconds[1:] or seconds)
         return self._mesh.ranks_per_node * boxes * row * sum(outer.remote) / max(fastest, 1e-9)
 
     def _agree_on(self, number: Tensor) -> float:

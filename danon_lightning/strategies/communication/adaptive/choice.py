@@ -35,7 +35,7 @@ class Chooser:
         Args:
             seconds: Predicted seconds of a step with each candidate, from the least lossy one on.
             current: The present choice, one of them.
-            at_once: Whether it is the first choice, for which nothing speaks but the numbers.
+            at_once: Whether nothing speaks for the present choice: it is the first one, or the link is another one now.
 
         Returns:
             What to choose: ``current``, if there is not reason enough for another one.
@@ -43,6 +43,7 @@ class Chooser:
         self._looks_since_change += 1
         target = self.best(seconds)
         if at_once:
+            self._agreeing = 0.0
             return target
         weight = self._weight(seconds, target, current)
         if not weight:

@@ -21,10 +21,12 @@ _CHANGED = 1.5
 # Of changes within so many looks, this many to and fro are a contradiction. Then nothing is believed for a while.
 _RECENT_LOOKS, _TO_AND_FRO, _DISTRUST_LOOKS = 40, 4, 12
 # A probe that has found nothing new makes more of a difference pass for noise, until looks have confirmed predictions.
-_MOST_DOUBT, _LESS_DOUBT = 4.0, 0.9
-# Of the time between two probes, the second one may take this share though nothing speaks for it: where coding takes
-# longer than the link, steps do not show that it has become faster.
-_PROBING_SHARE = 0.01
+_MOST_DOUBT, _LESS_DOUBT = 8.0, 0.9
+# What a look may want: nothing, a look at whether the link has become much faster, or a measurement of it.
+NOTHING, PING, PROBE = 0, 1, 2
+# What the second takes on a link that has not, and the share of the time that it may take.
+PING_SECONDS = 0.02
+_PINGING_SHARE = 0.02
 
 _UNCOMPRESSED = "Gradients travel uncompressed"
 
@@ -55,7 +57,6 @@ class Controller:
 
     Attributes:
         current: Name of the present choice.
-        probe_seconds: What the last probe took; None before the first one.
         predictions: Seconds of a step with each candidate, as of the last look; empty where nothing is known.
         warning: What is to be warned of once, if anything.
     """
@@ -71,13 +72,13 @@ class Controller:
         self.settings, self.candidates, self.forecaster, self._reason = settings, dict(candidates), forecaster, reason
         self.current = OFF
         self.predictions: dict[str, float] = {}
-        self.probe_seconds: float | None = None
         self.warning = ""
         self._allowed: set[str] = set(candidates)
         self._chooser = Chooser(settings)
         self._has_chosen = self._has_warned = False
         self._looks, self._changes = 0, deque[tuple[int, float]]()  # at which look, by which factor
-        self._doubt, self._seconds_since_probe = 1.0, 0.0
+        self._doubt, self._seconds_since_ping = 1.0, 0.0
+        self._has_link_changed = False
         self._distrusted_looks = 0
 
     @property
@@ -102,35 +103,42 @@ class Controller:
         self.forecaster, self._reason, self._has_chosen = None, reason, False
         self.predictions = {}
 
-    def wants_probe(self, measured: Measured | None, buckets: Sequence[Parameters], step: int) -> bool:
-        """Compare what was measured with what was predicted; returns whether the link must be probed to tell why.
+    def wants_probe(self, measured: Measured | None, buckets: Sequence[Parameters], step: int) -> int:
+        """Compare what was measured with what was predicted; returns what must be known of the link to tell why.
 
         It may have changed; or the model is wrong about the present choice, or something else keeps processors busy.
+        Where coding takes so long that steps do not show what the link can do, that is looked at now and then.
 
         Args:
             measured: Agreed over ranks; None if there is nothing new.
             buckets: In the order in which they are exchanged.
             step: Number of exchanges so far.
+
+        Returns:
+            :data:`NOTHING`, :data:`PING` or :data:`PROBE`.
         """
         forecaster = self.forecaster
         if forecaster is None or measured is None or not self._has_chosen or self.distrusts:
-            return False
+            return NOTHING
         self._looks += 1
-        self._seconds_since_probe += self.settings.every_n_steps * measured.step_seconds
+        self._seconds_since_ping += self.settings.every_n_steps * measured.step_seconds
         name, compressor = self.current, self.candidates[self.current]
         predicted = forecaster.exposed_seconds(name, compressor, measured, buckets, step)
         if not forecaster.confirms(measured, predicted, self._doubt):
-            return True
+            return PROBE
         self._doubt = max(1.0, _LESS_DOUBT * self._doubt)
         forecaster.learn(name, compressor, measured, buckets, step)
-        return self.probe_seconds is not None and self.probe_seconds < _PROBING_SHARE * self._seconds_since_probe
+        if self.current == OFF or self._seconds_since_ping < PING_SECONDS / _PINGING_SHARE:
+            return NOTHING
+        if forecaster.shows_a_faster_link(name, compressor, measured, buckets, step, self._doubt):
+            return NOTHING
+        self._seconds_since_ping = 0.0
+        return PING
 
     def take_probe(
         self, bytes_per_second: float | None, measured: Measured, buckets: Sequence[Parameters], step: int
     ) -> None:
         """Go by a probe of the link; what is left of the difference is the model's error about the present choice.
-
-        Set ``probe_seconds`` before, if it is known.
 
         Args:
             bytes_per_second: Between nodes; None if the probe has failed, which makes this choose dense gradients.
@@ -143,9 +151,8 @@ class Controller:
         if bytes_per_second is None or not 0 < bytes_per_second < math.inf:
             self._distrust(f"a probe has found {bytes_per_second} bytes a second")
             return
-        self._seconds_since_probe = 0.0
-        has_changed = self._set_scale(bytes_per_second / forecaster.links.inter.bytes_per_second)
-        self._doubt = 1.0 if has_changed else min(2 * self._doubt, _MOST_DOUBT)
+        self._has_link_changed = self._set_scale(bytes_per_second / forecaster.links.inter.bytes_per_second)
+        self._doubt = 1.0 if self._has_link_changed else min(2 * self._doubt, _MOST_DOUBT)
         if not self.distrusts:
             forecaster.learn(self.current, self.candidates[self.current], measured, buckets, step)
 
@@ -181,7 +188,9 @@ class Controller:
             if name in self._allowed
         }
         self.predictions = seconds
-        chosen = self._chooser.update(seconds, self.current, at_once=first)
+        # Against a change that has been seen speaks nothing but the numbers either.
+        chosen = self._chooser.update(seconds, self.current, at_once=first or self._has_link_changed)
+        self._has_link_changed = False
         if chosen == self.current and not first:
             return None
         return self._decide(step, chosen, self._why(chosen, seconds, forecaster.bits_per_second))

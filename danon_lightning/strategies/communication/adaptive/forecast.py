@@ -21,6 +21,8 @@ _LEAST_WEIGHT = 0.2
 # what the exchange adds at least to this share.
 _LOAD_LOOKS, _SENSITIVE = 3, 1.2
 _LEAST_LOAD, _MOST_LOAD, _PRECISION = 0.5, 16.0, 1.05
+# What a change of bandwidth that matters is like.
+_MUCH_FASTER = 4.0
 # A region by whose code it is known whether a compressor sends as much as at another step.
 _SAMPLE_NUMEL = 1 << 20
 
@@ -84,6 +86,21 @@ class Forecaster:
             return False
         return abs(difference) <= doubt * _TOLERANCE * step
 
+    def shows_a_faster_link(
+        self,
+        name: str,
+        compressor: Candidate,
+        measured: Measured,
+        buckets: Sequence[Parameters],
+        step: int,
+        doubt: float = 1.0,
+    ) -> bool:
+        """Whether steps would tell if the link became much faster."""
+        now = self.exposed_seconds(name, compressor, measured, buckets, step)
+        factor, more = self.corrections.get(name, (1.0, 0.0))
+        then = factor * self._model(name, compressor, measured, buckets, step, self.load, _MUCH_FASTER) + more
+        return not self.confirms(replace(measured, exposed_seconds=then), now, doubt)
+
     def learn(
         self, name: str, compressor: Candidate, measured: Measured, buckets: Sequence[Parameters], step: int
     ) -> None:
@@ -115,10 +132,11 @@ class Forecaster:
         buckets: Sequence[Parameters],
         step: int,
         load: float,
+        times: float = 1.0,
     ) -> float:
         inter, costs = self.links.inter, self.costs[name]
         assert inter is not None
-        bandwidth = inter.bytes_per_second * self.scale
+        bandwidth = inter.bytes_per_second * self.scale * times
         return predict_exchange(
             buckets,
             replace(self.links, inter=replace(inter, bytes_per_second=bandwidth)),
