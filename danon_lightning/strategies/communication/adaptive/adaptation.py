@@ -4,7 +4,6 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
-from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -29,11 +28,12 @@ from danon_lightning.strategies.communication.cost_model.traffic import Paramete
 from danon_lightning.strategies.communication.levels import LARGEST_MESSAGE_BYTES, Box, GroupLevel
 from danon_lightning.strategies.mesh import Mesh
 
-# Of a probe between steps the first part is not timed: it fills buffers and token buckets on the way. Of the others the
-# fastest counts: a link may seem slower than it is, while processors are busy.
+# Of a probe between steps the first part is not timed: it fills buffers and token buckets on the way.
 _PROBE_PARTS, _IN_FLIGHT = 3, 2
 # Parts that take less are repeated with longer ones.
-_SHORT_SECONDS, _PART_SECONDS, _LEAST_PART, _MOST_PART = 0.005, 0.05, 1 << 19, 8 << 20
+_SHORT_SECONDS, _PART_SECONDS, _LEAST_PART, _MOST_PART = 0.01, 0.05, 1 << 20, 8 << 20
+# A link may seem slower than it is, while processors are busy: who finds it so looks again.
+_SLOWER = 0.7
 # A link that takes what is sent to see whether it has become faster, in less than this part of the time, may have.
 _MUCH_FASTER = 2.0
 # Of less, a large part would find room in a token bucket on the way.
@@ -191,11 +191,13 @@ class Adaptation:
 
     def _probe(self) -> float:
         """Bytes a second that a node can send to others at present, all its ranks at once. Collective."""
-        ranks = self._mesh.ranks_per_node
-        size, parts = _LEAST_PART, _PROBE_PARTS
-        found = self._time_parts(size, parts)
+        size, ranks = _LEAST_PART, self._mesh.ranks_per_node
+        found = self._time_parts(size, _PROBE_PARTS)
         if ranks * size < _SHORT_SECONDS * found:
-            found = self._time_parts(min(int(_PART_SECONDS * found / ranks), _MOST_PART), parts)
+            size = min(int(_PART_SECONDS * found / ranks), _MOST_PART)
+            found = self._time_parts(size, _PROBE_PARTS)
+        if found < _SLOWER * self._bytes_per_second:
+            found = max(found, self._time_parts(size, _PROBE_PARTS))
         self._bytes_per_second = found
         return found
 
@@ -205,7 +207,7 @@ class Adaptation:
         return self._time_parts(size, 1) > _MUCH_FASTER * self._bytes_per_second
 
     def _time_parts(self, size: int, parts: int) -> float:
-        """Send parts of so many bytes a rank; returns a node's bytes a second in the fastest but the first. Collective.
+        """Send parts of so many bytes a rank; returns a node's bytes a second after the first of them. Collective.
 
         Args:
             size: Bytes.
@@ -228,17 +230,21 @@ class Adaptation:
 
         started = 0
         self._agree_on(torch.zeros(1, dtype=torch.float64))  # so that all begin at once
-        ends = [Moment(self._device)]
+        began = since = Moment(self._device)
         for finished in range(parts * boxes):
             while started < min(finished + _IN_FLIGHT, parts * boxes):
                 start()
                 started += 1
             finish()
-            if (finished + 1) % boxes == 0:
-                ends.append(Moment(self._device))
-        seconds = [self._agree_on(torch.tensor([a.until(b)], dtype=torch.float64)) for a, b in pairwise(ends)]
-        fastest = min(seconds[1:] or seconds)
-        return self._mesh.ranks_per_node * boxes * row * sum(outer.remote) / max(fastest, 1e-9)
+            if finished + 1 == boxes < parts * boxes:
+                since = Moment(self._device)
+        whole = self._agree_on(torch.tensor([began.until(Moment(self._device))], dtype=torch.float64))
+        # Ranks share a link unevenly, so that one is late with its first part, and another one with the rest.
+        first = torch.tensor([began.until(since)], dtype=torch.float64, device=self._device)
+        dist.all_reduce(first, group=self._group)
+        seconds = whole - float(first) / self._mesh.world_size
+        timed = max(parts - 1, 1) * boxes * row
+        return self._mesh.ranks_per_node * timed * sum(outer.remote) / max(seconds, 1e-9)
 
     def _agree_on(self, number: Tensor) -> float:
         """The largest of all ranks."""

@@ -18,15 +18,17 @@ OFF = "off"
 FIRST_LOOK = 2
 # A bandwidth that has changed by this factor since the last look has changed; else it is noise.
 _CHANGED = 1.5
+# What is measured on fast links depends on how busy processors are: less than this contradicts nothing.
+_CLEARLY_CHANGED = 3.0
 # Of changes within so many looks, this many to and fro are a contradiction. Then nothing is believed for a while.
-_RECENT_LOOKS, _TO_AND_FRO, _DISTRUST_LOOKS = 40, 4, 12
+_RECENT_LOOKS, _TO_AND_FRO, _DISTRUST_LOOKS = 24, 4, 12
 # A probe that has found nothing new makes more of a difference pass for noise, until looks have confirmed predictions.
 _MOST_DOUBT, _LESS_DOUBT = 8.0, 0.9
 # What a look may want: nothing, a look at whether the link has become much faster, or a measurement of it.
 NOTHING, PING, PROBE = 0, 1, 2
 # What the second takes on a link that has not, and the share of the time that it may take.
 PING_SECONDS = 0.02
-_PINGING_SHARE = 0.02
+_PINGING_SHARE = 0.03
 
 _UNCOMPRESSED = "Gradients travel uncompressed"
 
@@ -130,7 +132,7 @@ class Controller:
         forecaster.learn(name, compressor, measured, buckets, step)
         if self.current == OFF or self._seconds_since_ping < PING_SECONDS / _PINGING_SHARE:
             return NOTHING
-        if forecaster.shows_a_faster_link(name, compressor, measured, buckets, step, self._doubt):
+        if forecaster.shows_a_faster_link(name, compressor, measured, buckets, step, 2 * self._doubt):
             return NOTHING
         self._seconds_since_ping = 0.0
         return PING
@@ -207,6 +209,8 @@ class Controller:
         if max(change, 1 / change) < _CHANGED:
             return False
         self._chooser.forget_mistakes()
+        if max(change, 1 / change) < _CLEARLY_CHANGED:
+            return True
         self._changes.append((self._looks, change))
         while self._changes[0][0] < self._looks - _RECENT_LOOKS:
             self._changes.popleft()
