@@ -147,12 +147,12 @@ def table_of(model: Mapping[str, Any], found: Mapping[str, Any], verdict: Verdic
 def changes_table(model: Mapping[str, Any], verdicts: Mapping[float | None, Verdict]) -> Table:
     """What became of one model's changes of bandwidth."""
     table = Table(title=f"{model['model']}, bandwidth changed in mid-run", title_justify="left")
-    for heading in ("from", "to", "before", "then", "after steps", "÷ best fixed", ""):
+    for heading in ("bandwidth", "before", "then", "steps", "÷ best", ""):
         table.add_column(heading, no_wrap=True)
     for one in model["changes"]:
         at_rate = verdicts[one["to"]]
         table.add_row(
-            format_rate(one["from"]), format_rate(one["to"]), one["choice_before"], one["choice"],
+            f"{format_rate(one['from'])} to {format_rate(one['to'])}", one["choice_before"], one["choice"],
             str(one["answered_after"]), f"{at_rate.seconds[one['choice']] / at_rate.seconds[at_rate.best]:.3f}",
             "right" if is_right(one, verdicts) else "WRONG",
         )  # fmt: skip

@@ -26,6 +26,7 @@ def found(mbit, **others):
         "setup_seconds": 3.0, "lost_seconds": 2.5, "first_seconds": [0.2] * 30, "decisions": [],
         "blocks": {
             "ddp": [1.4, 9.0, 1.5], "off": [1.0, 1.1, 1.2], "int8": [0.2, 0.2, 0.3], "int4": [0.19, 0.19, 0.3],
+            "powersgd": [1.0, 1.1, 1.2],
             "auto": [0.21, 0.21, 0.4],
         },
         **others,
@@ -41,7 +42,7 @@ def change(to, choice, after, **others):
 
 def test_auto_is_compared_with_the_medians_of_all_others(load):
     verdict = load("auto_compression").verdict_of(found(100.0))
-    assert verdict.seconds == {"ddp": 1.5, "off": 1.1, "int8": 0.2, "int4": 0.19, "auto": 0.21}
+    assert verdict.seconds == {"ddp": 1.5, "off": 1.1, "int8": 0.2, "int4": 0.19, "powersgd": 1.1, "auto": 0.21}
     assert verdict.best == "int4"
     assert (verdict.to_best, verdict.to_ddp) == pytest.approx((0.21 / 0.19, 0.21 / 1.5))
     assert verdict.choice_to_best == pytest.approx(0.2 / 0.19)
@@ -67,10 +68,10 @@ def test_tables_summary_and_picture(load, tmp_path):
     script = load("auto_compression")
     model = {
         "model": "wide", "parameters": 2_500_000, "rates": [found(100.0), found(None)],
-        "changes": [change(None, "int4", 12), change(100.0, "off", 12)],
+        "changes": [change(None, "int4", 12), change(100.0, "powersgd", 12)],
     }  # fmt: skip
     verdicts = {"wide": {one["mbit"]: script.verdict_of(one) for one in model["rates"]}}
-    console = Console(file=io.StringIO(), width=100, highlight=False)
+    console = Console(file=io.StringIO(), width=80, highlight=False)
     for one in model["rates"]:
         console.print(script.table_of(model, one, verdicts["wide"][one["mbit"]]))
     console.print(script.changes_table(model, verdicts["wide"]))

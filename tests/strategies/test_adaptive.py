@@ -186,6 +186,18 @@ def test_a_probe_that_finds_nothing_makes_it_less_ready_to_probe():
     assert world.probes == probes + 1 and world.controller.forecaster.bits_per_second == pytest.approx(2e6)
 
 
+def test_probes_that_take_long_wait_unless_the_difference_is_large():
+    def probes(noise, probe_seconds):
+        world = World(100, default=FOR_ANY_OPTIMIZER)
+        world.run(10)
+        world.controller.probe_seconds = probe_seconds
+        world.run(5, lambda: noise)
+        return world.probes
+
+    assert probes(1.5, 0.0) == probes(20.0, 60.0) == 1
+    assert probes(1.5, 60.0) == 0
+
+
 def test_links_that_change_now_and_then_contradict_nothing():
     world = World(100, default=FOR_ANY_OPTIMIZER)
     for turn in range(10):

@@ -1,5 +1,6 @@
 """What a communicator with ``compression="auto"`` does at the end of its exchanges, on all ranks alike."""
 
+import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
@@ -31,7 +32,7 @@ from danon_lightning.strategies.mesh import Mesh
 # Of a probe between steps the first part is not timed: it fills buffers and token buckets on the way.
 _PROBE_PARTS, _IN_FLIGHT = 3, 2
 # Parts that take less are repeated with longer ones.
-_SHORT_SECONDS, _PART_SECONDS, _LEAST_PART, _MOST_PART = 0.01, 0.05, 1 << 20, 8 << 20
+_SHORT_SECONDS, _PART_SECONDS, _LEAST_PART, _MOST_PART = 0.01, 0.03, 1 << 20, 4 << 20
 # A link may seem slower than it is, while processors are busy: who finds it so looks again.
 _SLOWER = 0.7
 # A link that takes what is sent to see whether it has become faster, in less than this part of the time, may have.
@@ -143,11 +144,13 @@ class Adaptation:
         look, decision = self._tell(look, decision)
         if look != NOTHING:
             probes = look == PROBE or self._seems_faster()
+            start = time.perf_counter()
             found = self._probe() if probes else None
             if self._mesh.rank == 0:
                 assert measured is not None
                 known = measured
                 if probes:
+                    self.controller.probe_seconds = time.perf_counter() - start
                     self._think(lambda: self.controller.take_probe(found, known, buckets, self.exchanges))
                 decision = self._decide(measured, buckets)
             _, decision = self._tell(NOTHING, decision)

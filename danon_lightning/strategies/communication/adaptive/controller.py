@@ -24,6 +24,9 @@ _CLEARLY_CHANGED = 3.0
 _RECENT_LOOKS, _TO_AND_FRO, _DISTRUST_LOOKS = 24, 4, 12
 # A probe that has found nothing new makes more of a difference pass for noise, until looks have confirmed predictions.
 _MOST_DOUBT, _LESS_DOUBT = 8.0, 0.9
+# Unless the difference is so many times as large as what may be noise, a probe waits until it takes but this share of
+# the time since the last one.
+_LARGE, _PROBING_SHARE = 5.0, 0.03
 # What a look may want: nothing, a look at whether the link has become much faster, or a measurement of it.
 NOTHING, PING, PROBE = 0, 1, 2
 # What the second takes on a link that has not, and the share of the time that it may take.
@@ -59,6 +62,7 @@ class Controller:
 
     Attributes:
         current: Name of the present choice.
+        probe_seconds: What the last probe has taken; 0 before the first one.
         predictions: Seconds of a step with each candidate, as of the last look; empty where nothing is known.
         warning: What is to be warned of once, if anything.
     """
@@ -74,12 +78,13 @@ class Controller:
         self.settings, self.candidates, self.forecaster, self._reason = settings, dict(candidates), forecaster, reason
         self.current = OFF
         self.predictions: dict[str, float] = {}
+        self.probe_seconds = 0.0
         self.warning = ""
         self._allowed: set[str] = set(candidates)
         self._chooser = Chooser(settings)
         self._has_chosen = self._has_warned = False
         self._looks, self._changes = 0, deque[tuple[int, float]]()  # at which look, by which factor
-        self._doubt, self._seconds_since_ping = 1.0, 0.0
+        self._doubt, self._seconds_since_ping, self._seconds_since_probe = 1.0, 0.0, 0.0
         self._has_link_changed = False
         self._distrusted_looks = 0
 
@@ -123,12 +128,18 @@ class Controller:
         if forecaster is None or measured is None or not self._has_chosen or self.distrusts:
             return NOTHING
         self._looks += 1
-        self._seconds_since_ping += self.settings.every_n_steps * measured.step_seconds
+        passed = self.settings.every_n_steps * measured.step_seconds
+        self._seconds_since_ping += passed
+        self._seconds_since_probe += passed
         name, compressor = self.current, self.candidates[self.current]
         predicted = forecaster.exposed_seconds(name, compressor, measured, buckets, step)
-        if not forecaster.confirms(measured, predicted, self._doubt):
+        if forecaster.confirms(measured, predicted, self._doubt):
+            self._doubt = max(1.0, _LESS_DOUBT * self._doubt)
+        elif (
+            self.probe_seconds <= _PROBING_SHARE * self._seconds_since_probe
+            or not forecaster.confirms(measured, predicted, max(self._doubt, _LARGE))
+        ):  # fmt: skip
             return PROBE
-        self._doubt = max(1.0, _LESS_DOUBT * self._doubt)
         forecaster.learn(name, compressor, measured, buckets, step)
         if self.current == OFF or self._seconds_since_ping < PING_SECONDS / _PINGING_SHARE:
             return NOTHING
@@ -153,6 +164,7 @@ class Controller:
         if bytes_per_second is None or not 0 < bytes_per_second < math.inf:
             self._distrust(f"a probe has found {bytes_per_second} bytes a second")
             return
+        self._seconds_since_probe = 0.0
         self._has_link_changed = self._set_scale(bytes_per_second / forecaster.links.inter.bytes_per_second)
         self._doubt = 1.0 if self._has_link_changed else min(2 * self._doubt, _MOST_DOUBT)
         if not self.distrusts:
