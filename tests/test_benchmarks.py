@@ -58,6 +58,18 @@ def test_the_cost_of_monitors_is_printed_and_written(tmp_path):
     assert len(results["wall"]["ratios"]) == len(results["processor"]["ratios"]) == 2
 
 
+@pytest.mark.slow
+def test_what_auto_chooses_is_printed_and_written(tmp_path):
+    file = tmp_path / "auto.json"
+    quick = ["--models", "embeddings", "--rounds", "1", "--seconds", "0.1", "--settle", "20"]
+    assert "auto within 1.05 of the best fixed choice" in run("auto_compression.py", *quick, "--json", str(file))
+    (model,) = json.loads(file.read_text())["models"]
+    candidates = {"off", "bf16", "int8", "int4", "powersgd", "topk", "sign"}
+    for found in model["rates"]:
+        assert set(found["blocks"]) == {"ddp", "auto", *candidates} and found["choice"] in candidates
+        assert found["mbit"] is None or set(found["predicted"]) == candidates
+
+
 # ---- what the figures rest on: the measures themselves, on small settings
 
 

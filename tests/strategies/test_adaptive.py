@@ -1,7 +1,8 @@
 """What "auto" decides, as a function of numbers: no rank, no clock."""
 
+import itertools
 import warnings
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import pytest
 import torch
@@ -9,18 +10,21 @@ from torch import optim
 
 from danon_lightning.optim import OneBitAdam
 from danon_lightning.strategies import AutoCompression, DanonHybridStrategy, TopKCompressor
+from danon_lightning.strategies.communication.adaptive import forecast
 from danon_lightning.strategies.communication.adaptive.choice import Chooser
-from danon_lightning.strategies.communication.adaptive.controller import Controller, by_name
+from danon_lightning.strategies.communication.adaptive.controller import PING, PROBE, Controller, by_name
 from danon_lightning.strategies.communication.adaptive.forecast import Forecaster
 from danon_lightning.strategies.communication.adaptive.measurement import Measured, from_numbers
 from danon_lightning.strategies.communication.adaptive.settings import FOR_ANY_OPTIMIZER, FOR_SGD, label
 from danon_lightning.strategies.communication.cost_model import CodingCosts, Link, Links, predict_exchange
+from danon_lightning.strategies.communication.cost_model.traffic import exchange_traffic
 from danon_lightning.strategies.optimizer_checks import allowed_compressions
 
 DEVICE = torch.device("cpu")
 # 2 million numbers in two buckets.
 BUCKETS = [[(f"{index}", torch.empty(1000, 1000, device="meta"))] for index in range(2)]
 CODING = CodingCosts(copy=1e-10, add=1e-10, encode=1e-9, decode=1e-9, decode_add=1e-9)
+CODING_FOR_LONG = CodingCosts(copy=1e-10, add=1e-10, encode=1e-7, decode=1e-7, decode_add=1e-7)
 MBIT = 1e6 / 8
 
 
@@ -31,23 +35,24 @@ def links_at(mbit, ranks=1):
 class World:
     """Steps as they would be on links of a given speed, seen by a controller that has probed others."""
 
-    def __init__(self, mbit, *, compute=0.2, settings=None, default=FOR_SGD, slower=None):
+    def __init__(self, mbit, *, compute=0.2, settings=None, default=FOR_SGD, slower=None, known=CODING, coding=None):
         self.settings = settings or AutoCompression()
         self.mbit, self.compute, self.slower = mbit, compute, slower or {}
         candidates = by_name(self.settings.resolve(default))
-        costs = dict.fromkeys(candidates, CODING)
+        costs = dict.fromkeys(candidates, known)
+        self.coding = coding or known
         self.controller = Controller(
             self.settings, candidates, Forecaster(links_at(mbit), costs, "auto", DEVICE), "no reason"
         )
         self.step = 0
-        self.probes = 0
+        self.probes = self.pings = 0
 
     def exposed(self, name, mbit=None):
         seconds = predict_exchange(
             BUCKETS,
             links_at(mbit or self.mbit),
             compression=self.controller.candidates[name],
-            costs=CODING,
+            costs=self.coding,
             ready=(0.0, 0.05),
         ).exposed_seconds
         return seconds + self.slower.get(name, 0.0)
@@ -57,7 +62,10 @@ class World:
 
     def look(self, noise=1.0, probe=None):
         measured = self.measured(noise)
-        if self.controller.wants_probe(measured, BUCKETS, self.step):
+        wanted = self.controller.wants_probe(measured, BUCKETS, self.step)
+        self.pings += wanted == PING
+        believed = self.controller.forecaster.bits_per_second if self.controller.forecaster else 0.0
+        if wanted == PROBE or (wanted == PING and self.mbit * 1e6 > 2 * believed):
             self.probes += 1
             self.controller.take_probe(self.mbit * MBIT if probe is None else probe, measured, BUCKETS, self.step)
         return self.controller.decide(measured, BUCKETS, self.step)
@@ -136,6 +144,68 @@ def test_a_model_that_is_wrong_about_a_candidate_is_corrected_and_the_mistake_no
     assert world.run(1000) == []
 
 
+def test_a_link_that_becomes_faster_is_noticed_though_steps_do_not_show_it():
+    """Coding takes so long that it hides the transfer: without compression there would be none of it."""
+    world = World(50, default=("int4",), coding=CODING_FOR_LONG, known=CODING_FOR_LONG)
+    world.run(40)
+    assert world.controller.current == "int4"
+    before, world.mbit = world.now(), 20_000
+    assert world.now() > 0.9 * before > 2 * world.fastest()
+    world.run(20)
+    assert world.controller.current == "off"
+
+
+def test_where_steps_show_what_the_link_does_nothing_is_sent_to_look():
+    world = World(100, default=FOR_ANY_OPTIMIZER)
+    world.run(500)
+    assert world.controller.current == "int4" and world.probes == world.pings == 0
+
+
+def test_one_candidate_tells_how_busy_processors_are_for_all():
+    busy = CodingCosts(*(6 * seconds for seconds in astuple(CODING)))
+    world = World(3000, default=FOR_ANY_OPTIMIZER, compute=0.05, coding=busy)
+    world.run(5)
+    first = world.controller.current
+    assert first != "off"
+    world.run(45)
+    assert world.controller.forecaster.load > 2
+    for name, seconds in world.controller.predictions.items():
+        assert seconds == pytest.approx(world.compute + world.exposed(name), rel=0.25), name
+    assert world.now() <= 1.05 * world.fastest()
+
+
+def test_a_probe_that_finds_nothing_makes_it_less_ready_to_probe():
+    world = World(100, default=FOR_ANY_OPTIMIZER)
+    world.run(10)
+    swings = itertools.cycle([1.0, 1.9])
+    world.run(1000, lambda: next(swings))
+    assert 1 <= world.probes < 30
+    world.mbit = 2  # and is still answered
+    probes = world.probes
+    world.run(5)
+    assert world.probes == probes + 1 and world.controller.forecaster.bits_per_second == pytest.approx(2e6)
+
+
+def test_probes_that_take_long_wait_unless_the_difference_is_large():
+    def probes(noise, probe_seconds):
+        world = World(100, default=FOR_ANY_OPTIMIZER)
+        world.run(10)
+        world.controller.probe_seconds = probe_seconds
+        world.run(5, lambda: noise)
+        return world.probes
+
+    assert probes(1.5, 0.0) == probes(20.0, 60.0) == 1
+    assert probes(1.5, 60.0) == 0
+
+
+def test_links_that_change_now_and_then_contradict_nothing():
+    world = World(100, default=FOR_ANY_OPTIMIZER)
+    for turn in range(10):
+        world.run(100)
+        assert not world.controller.distrusts and world.now() <= 1.1 * world.fastest()
+        world.mbit = 100 if turn % 2 else 5000
+
+
 def test_contradictory_measurements_make_it_safe_with_one_warning():
     world = World(100, default=FOR_ANY_OPTIMIZER)
     world.run(20)
@@ -181,10 +251,9 @@ def test_a_choice_that_is_no_longer_allowed_is_left_at_once():
 
 def test_hysteresis():
     chooser = Chooser(AutoCompression(gain=0.1, confirmations=2, tie=0.03))
-    assert chooser.update({"off": 1.0, "int8": 0.92}, "off") == "off"  # not enough
-    assert chooser.update({"off": 1.0, "int8": 0.92}, "off") == "off"
+    assert [chooser.update({"off": 1.0, "int8": 0.975}, "off") for _ in range(50)] == ["off"] * 50  # alike
     assert chooser.update({"off": 1.0, "int8": 0.5}, "off") == "off"  # not confirmed
-    assert chooser.update({"off": 1.0, "int8": 0.95}, "off") == "off"  # a pause begins anew
+    assert chooser.update({"off": 1.0, "int8": 0.975}, "off") == "off"  # a pause begins anew
     assert chooser.update({"off": 1.0, "int8": 0.5}, "off") == "off"
     assert chooser.update({"off": 1.0, "int8": 0.5}, "off") == "int8"
     # Back for nothing but less loss.
@@ -194,6 +263,13 @@ def test_hysteresis():
     # Soon left again: the next time takes longer.
     better = [chooser.update({"off": 1.0, "int8": 0.5}, "off") for _ in range(4)]
     assert better == ["off", "off", "off", "int8"]
+
+
+@pytest.mark.parametrize(("gain", "looks"), [(0.5, 2), (0.1, 2), (0.08, 3), (0.05, 4), (0.04, 5)])
+def test_the_less_there_is_to_be_gained_the_more_looks_it_takes(gain, looks):
+    chooser = Chooser(AutoCompression(gain=0.1, confirmations=2, tie=0.03))
+    chosen = [chooser.update({"off": 1.0, "int8": 1.0 - gain}, "off") for _ in range(looks)]
+    assert chosen == ["off"] * (looks - 1) + ["int8"]
 
 
 def test_what_was_a_mistake_takes_more_confirmations():
@@ -212,6 +288,40 @@ def test_what_was_a_mistake_takes_more_confirmations():
     assert again.state_dict() == chooser.state_dict()
     chooser.forget_mistakes()
     assert [chooser.update(fast, "off") for _ in range(2)] == ["off", "int8"]
+
+
+def test_messages_are_planned_once_for_each_candidate_and_kind_of_bucket(monkeypatch):
+    planned = []
+
+    def plan(buckets, levels, compressor, **options):
+        planned.append(label(compressor))
+        return exchange_traffic(buckets, levels, compressor, **options)
+
+    monkeypatch.setattr(forecast, "exchange_traffic", plan)
+    warm = TopKCompressor(0.01, warmup_steps=20, warmup_density=0.05)
+    world = World(100, settings=AutoCompression(candidates=["int8", warm]))
+    forecaster, candidates = world.controller.forecaster, world.controller.candidates
+    measured = Measured(0.2, 0.5, (0.0, 0.05))
+    others = [[one] for bucket in BUCKETS for one in bucket[::-1]][::-1]
+    for step, buckets in [(0, BUCKETS), (0, BUCKETS), (10, BUCKETS), (20, BUCKETS), (25, BUCKETS), (30, others)]:
+        for name, compressor in candidates.items():
+            found = forecaster.exposed_seconds(name, compressor, measured, buckets, step)
+            assert found == predict_exchange(
+                buckets, links_at(100), compression=compressor, costs=CODING, ready=measured.ready, step=step
+            ).exposed_seconds  # fmt: skip
+    # During the warm-up codes become shorter at each step.
+    assert planned.count("off") == planned.count("int8") == 2 and planned.count(label(warm)) == 4
+
+
+def test_predictions_are_there_for_whoever_asks():
+    world = World(100)
+    assert world.controller.predictions == {}
+    world.run(10)
+    predictions = world.controller.predictions
+    assert list(predictions) == list(world.controller.candidates)
+    assert predictions[world.controller.current] == pytest.approx(world.now(), rel=0.01)
+    world.controller.give_up("nobody knows")
+    assert world.controller.predictions == {}
 
 
 def test_ties_go_to_the_least_lossy():

@@ -15,7 +15,7 @@ from danon_lightning.callbacks import CommunicationMonitor
 from danon_lightning.strategies import AutoCompression, DanonHybridStrategy, TopKCompressor
 from danon_lightning.strategies.communication.adaptive import adaptation
 from danon_lightning.strategies.communication.adaptive.controller import Decision
-from danon_lightning.strategies.communication.cost_model import Link, Links
+from danon_lightning.strategies.communication.cost_model import Link, Links, probe
 from danon_lightning.testing import run_distributed
 
 sys.path.insert(0, str(Path(__file__).parent))  # each rank imports this file anew, and its neighbour with it
@@ -185,11 +185,18 @@ def adaptation_model(forecaster, links, auto, communicator):
 
 def check_failed_probe(folder):
     """Gradients stay dense, and nobody waits for anybody."""
-    adaptation.probe_links = lambda mesh, **options: None
-    with emulated_mesh(2, 1, folder) as mesh:
+
+    def vanished(*args):
+        raise OSError("the link has vanished")
+
+    adaptation.probe_links, probe._Probe.run = probe.probe_links, vanished
+    with emulated_mesh(2, 1, folder) as mesh, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         if mesh is None:
             return
         with exchange(mesh, "auto") as (ddp, communicator):
+            texts = [str(one.message) for one in caught if "exchange dense, by ring" in str(one.message)]
+            assert len(texts) == (mesh.rank == 0) and all("the link has vanished" in text for text in texts)
             for step in range(12):
                 delivered = give(ddp, given_gradients(step, mesh.rank))
                 for name, mean in mean_of(step, 2).items():

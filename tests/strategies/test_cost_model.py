@@ -13,13 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from danon_lightning.strategies import Int8Compressor, TopKCompressor, available_compressors
+from danon_lightning.strategies.communication.compressors import get_compressor
 from danon_lightning.strategies.communication.cost_model import (
     ALL_REDUCE,
     CodingCosts,
+    Levels,
     Link,
     LinkEstimator,
     Links,
     best_all_reduce,
+    coding,
     coding_costs,
     ddp_buckets,
     forget_costs,
@@ -28,6 +31,7 @@ from danon_lightning.strategies.communication.cost_model import (
     slowest_link,
 )
 from danon_lightning.strategies.communication.cost_model.textbook import SAFE_ALGORITHM
+from danon_lightning.strategies.communication.cost_model.traffic import exchange_traffic
 
 ALPHA, BETA, BYTES = 1e-4, 1e8, 4e6
 FREE = Link(0.0, 1e30)
@@ -224,6 +228,30 @@ def test_coding_hides_behind_a_slow_link_and_the_other_way_round():
     assert coding.coding_seconds <= coding.seconds < 1.1 * coding.coding_seconds
 
 
+@pytest.mark.parametrize("name", ["int8", "topk", "powersgd"])
+def test_many_small_tensors_cost_more_than_one_of_the_same_size(name):
+    """Each region has its price, however small."""
+    small = [[(f"m{i}", torch.empty(64, 64, device="meta")) for i in range(256)]]
+    costs = CodingCosts(1e-9, 1e-9, 4e-9, 1e-9, 1e-9)
+    by_region = dataclasses.replace(costs, encode_region=2e-5, decode_region=1e-5, decode_add_region=1e-5)
+    links = two_levels(2, 2, shared_memory=True)
+    more = {
+        len(bucket): predict_exchange([bucket], links, compression=name, costs=by_region).coding_seconds
+        - predict_exchange([bucket], links, compression=name, costs=costs).coding_seconds
+        for bucket in (small[0], matrices(1)[0])
+    }
+    assert more[256] > 256 * 2e-5 / 2  # of what each of two ranks codes
+    assert more[256] > 20 * more[1] > 0
+
+
+def test_what_a_message_moves_may_be_known_already():
+    buckets, links = matrices(), two_levels(2, 2)
+    traffic = exchange_traffic(buckets, Levels.of(2, 2, compressed=True), get_compressor("int8"))
+    assert predict_exchange(buckets, links, compression="int8", traffic=traffic) == predict_exchange(
+        buckets, links, compression="int8"
+    )
+
+
 def test_what_is_ready_early_is_hidden():
     buckets, links = matrices(12), two_levels(2, 2)
     at_once = predict_exchange(buckets, links)
@@ -275,7 +303,15 @@ def test_costs_are_measured_once_for_equal_compressors():
     first = coding_costs(Int8Compressor(128))
     assert coding_costs(Int8Compressor(128)) is first
     assert coding_costs(Int8Compressor(256)) is not first
-    assert all(0 < value < 1e-6 for value in dataclasses.astuple(first))
+    assert all(0 < value < 1e-6 for value in (first.copy, first.add, first.encode, first.decode, first.decode_add))
+    assert all(0 <= value < 1e-2 for value in (first.encode_region, first.decode_region, first.decode_add_region))
+
+
+def test_costs_of_a_region_and_of_its_elements_lie_on_a_line():
+    assert coding._line([(100, 3.0), (1100, 13.0)]) == pytest.approx((2.0, 0.01))
+    assert coding._line([(100, 3.0), (1100, 2.0)]) == (3.0, 0.0)
+    assert coding._line([(100, 0.5), (1100, 10.5)]) == pytest.approx((0.0, 0.01))
+    assert coding._line([(1000, 5.0)]) == pytest.approx((0.0, 0.005))
 
 
 @pytest.mark.parametrize("name", [None, *available_compressors()])

@@ -178,6 +178,10 @@ class GradientCommunicator:
         """What "auto" has decided, the last ones: after how many exchanges, what, and why. Alike on all ranks."""
         return [(one.step, one.name, one.sentence) for one in self._auto.decisions] if self._auto is not None else []
 
+    def predictions(self) -> dict[str, float]:
+        """Seconds that a step should take with each choice of "auto", as of its last look; on rank 0, which decides."""
+        return dict(self._auto.controller.predictions) if self._auto is not None else {}
+
     def allow(self, compressions: Sequence[Candidate]) -> None:
         """Have "auto" choose among these only, which must be candidates, on all ranks before the first exchange."""
         assert self._auto is not None

@@ -1,5 +1,6 @@
 """What a communicator with ``compression="auto"`` does at the end of its exchanges, on all ranks alike."""
 
+import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
@@ -10,17 +11,34 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from danon_lightning.strategies.communication.adaptive.controller import FIRST_LOOK, OFF, Controller, Decision, by_name
+from danon_lightning.strategies.communication.adaptive.controller import (
+    FIRST_LOOK,
+    NOTHING,
+    OFF,
+    PING_SECONDS,
+    PROBE,
+    Controller,
+    Decision,
+    by_name,
+)
 from danon_lightning.strategies.communication.adaptive.forecast import Forecaster
-from danon_lightning.strategies.communication.adaptive.measurement import Measured, StepMeter, from_numbers
+from danon_lightning.strategies.communication.adaptive.measurement import Measured, Moment, StepMeter, from_numbers
 from danon_lightning.strategies.communication.adaptive.settings import FOR_ANY_OPTIMIZER, FOR_SGD, AutoCompression
 from danon_lightning.strategies.communication.cost_model import agree_on_costs, coding_costs, probe_links
 from danon_lightning.strategies.communication.cost_model.traffic import Parameters
 from danon_lightning.strategies.communication.levels import LARGEST_MESSAGE_BYTES, Box, GroupLevel
 from danon_lightning.strategies.mesh import Mesh
 
-# Of a probe between steps only the second part is timed: the first one fills buffers and token buckets on the way.
-_PROBE_PARTS, _PROBE_BYTES, _IN_FLIGHT = 2, 4 << 20, 2
+# Of a probe between steps the first part is not timed: it fills buffers and token buckets on the way.
+_PROBE_PARTS, _IN_FLIGHT = 3, 2
+# Parts that take less are repeated with longer ones.
+_SHORT_SECONDS, _PART_SECONDS, _LEAST_PART, _MOST_PART = 0.01, 0.03, 1 << 20, 4 << 20
+# A link may seem slower than it is, while processors are busy: who finds it so looks again.
+_SLOWER = 0.7
+# A link that takes what is sent to see whether it has become faster, in less than this part of the time, may have.
+_MUCH_FASTER = 2.0
+# Of less, a large part would find room in a token bucket on the way.
+_LEAST_PING = 3 << 16
 _SENTENCE_BYTES = 512
 _KEPT_DECISIONS = 100
 
@@ -59,6 +77,7 @@ class Adaptation:
         if mesh.num_nodes > 1:
             links, reason = probe_links(mesh, device=device), "the links could not be measured"
         self._has_links = links is not None
+        self._bytes_per_second = links.inter.bytes_per_second if links is not None and links.inter is not None else 0.0
         forecaster = Forecaster(links, {}, hierarchical, device) if links is not None else None
         self.controller = Controller(settings, candidates, forecaster, reason)
         if settings.candidates is None:
@@ -117,20 +136,24 @@ class Adaptation:
         numbers = self._meter.to_numbers(len(buckets)).to(self._device)
         dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self._group)
         measured = from_numbers(numbers.tolist())
-        probes, decision = False, None
+        look, decision = NOTHING, None
         if self._mesh.rank == 0:
-            probes = bool(self._think(lambda: self.controller.wants_probe(measured, buckets, self.exchanges)))
-            if not probes:
+            look = self._think(lambda: self.controller.wants_probe(measured, buckets, self.exchanges)) or NOTHING
+            if look == NOTHING:
                 decision = self._decide(measured, buckets)
-        told, decision = self._tell(probes, decision)
-        if told:
-            found = self._probe()
+        look, decision = self._tell(look, decision)
+        if look != NOTHING:
+            probes = look == PROBE or self._seems_faster()
+            start = time.perf_counter()
+            found = self._probe() if probes else None
             if self._mesh.rank == 0:
                 assert measured is not None
                 known = measured
-                self._think(lambda: self.controller.take_probe(found, known, buckets, self.exchanges))
+                if probes:
+                    self.controller.probe_seconds = time.perf_counter() - start
+                    self._think(lambda: self.controller.take_probe(found, known, buckets, self.exchanges))
                 decision = self._decide(measured, buckets)
-            _, decision = self._tell(False, decision)
+            _, decision = self._tell(NOTHING, decision)
         return decision
 
     def _decide(self, measured: Measured | None, buckets: Sequence[Parameters]) -> Decision | None:
@@ -153,28 +176,50 @@ class Adaptation:
             self.controller.give_up("steps cannot be predicted")
             return None
 
-    def _tell(self, probes: bool, decision: Decision | None) -> tuple[bool, Decision | None]:
+    def _tell(self, look: int, decision: Decision | None) -> tuple[int, Decision | None]:
         """Rank 0's will, on all ranks."""
         names = list(self.controller.candidates)
         index = -1 if decision is None else names.index(decision.name)
-        header = torch.tensor([int(probes), index], dtype=torch.int64, device=self._device)
+        header = torch.tensor([look, index], dtype=torch.int64, device=self._device)
         dist.broadcast(header, 0, group=self._group)
-        told, index = header.tolist()
+        look, index = header.tolist()
         if index < 0:
-            return bool(told), None
+            return look, None
         sentence = decision.sentence.encode()[:_SENTENCE_BYTES] if decision is not None else b""
         text = torch.tensor([*sentence.ljust(_SENTENCE_BYTES, b" ")], dtype=torch.uint8, device=self._device)
         dist.broadcast(text, 0, group=self._group)
         sentence = bytes(text.tolist()).rstrip(b" ")
         self.controller.current = names[index]
-        return bool(told), Decision(self.exchanges, names[index], sentence.decode(errors="replace"))
+        return look, Decision(self.exchanges, names[index], sentence.decode(errors="replace"))
 
     def _probe(self) -> float:
         """Bytes a second that a node can send to others at present, all its ranks at once. Collective."""
+        size, ranks = _LEAST_PART, self._mesh.ranks_per_node
+        found = self._time_parts(size, _PROBE_PARTS)
+        if ranks * size < _SHORT_SECONDS * found:
+            size = min(int(_PART_SECONDS * found / ranks), _MOST_PART)
+            found = self._time_parts(size, _PROBE_PARTS)
+        if found < _SLOWER * self._bytes_per_second:
+            found = max(found, self._time_parts(size, _PROBE_PARTS))
+        self._bytes_per_second = found
+        return found
+
+    def _seems_faster(self) -> bool:
+        """Whether the link may have become much faster. Collective, and shorter than a probe."""
+        size = max(_LEAST_PING, int(PING_SECONDS * self._bytes_per_second / self._mesh.ranks_per_node))
+        return self._time_parts(size, 1) > _MUCH_FASTER * self._bytes_per_second
+
+    def _time_parts(self, size: int, parts: int) -> float:
+        """Send parts of so many bytes a rank; returns a node's bytes a second after the first of them. Collective.
+
+        Args:
+            size: Bytes.
+            parts: How many; where there is only one, it counts.
+        """
         outer, works = self._outer, deque[Box]()
         peers = max(outer.size - 1, 1)
-        row = min(_PROBE_BYTES // peers, LARGEST_MESSAGE_BYTES)
-        boxes = -(-_PROBE_BYTES // (peers * row))
+        row = min(size // peers, LARGEST_MESSAGE_BYTES)
+        boxes = -(-size // (peers * row))
 
         def start() -> None:
             box = outer.all_to_all([row] * outer.size)
@@ -186,21 +231,23 @@ class Adaptation:
             box.wait()
             box.release()
 
-        meter = StepMeter(self._device, 1)
         started = 0
         self._agree_on(torch.zeros(1, dtype=torch.float64))  # so that all begin at once
-        for finished in range(_PROBE_PARTS * boxes):
-            while started < min(finished + _IN_FLIGHT, _PROBE_PARTS * boxes):
+        began = since = Moment(self._device)
+        for finished in range(parts * boxes):
+            while started < min(finished + _IN_FLIGHT, parts * boxes):
                 start()
                 started += 1
             finish()
-            if finished + 1 == (_PROBE_PARTS - 1) * boxes:
-                meter.bucket_is_ready()
-                meter.pause()
-        meter.end_exchange()
-        seconds = self._agree_on(meter.exposed())
-        remote = sum(outer.remote)
-        return self._mesh.ranks_per_node * boxes * row * remote / max(seconds, 1e-9)
+            if finished + 1 == boxes < parts * boxes:
+                since = Moment(self._device)
+        whole = self._agree_on(torch.tensor([began.until(Moment(self._device))], dtype=torch.float64))
+        # Ranks share a link unevenly, so that one is late with its first part, and another one with the rest.
+        first = torch.tensor([began.until(since)], dtype=torch.float64, device=self._device)
+        dist.all_reduce(first, group=self._group)
+        seconds = whole - float(first) / self._mesh.world_size
+        timed = max(parts - 1, 1) * boxes * row
+        return self._mesh.ranks_per_node * timed * sum(outer.remote) / max(seconds, 1e-9)
 
     def _agree_on(self, number: Tensor) -> float:
         """The largest of all ranks."""

@@ -9,6 +9,7 @@ from danon_lightning.strategies.communication.adaptive.settings import AutoCompr
 # A choice that was left again after so few looks was a mistake. It needs twice as many confirmations the next time.
 _MISTAKE = 6
 _MOST_PATIENCE = 16
+_ROUNDING = 1e-9
 
 
 @dataclass
@@ -16,14 +17,15 @@ class Chooser:
     """Compares predicted step times at each look, with hysteresis.
 
     It leaves the present choice if another one is faster by ``gain``, or as fast (by ``tie``) and less lossy, at so
-    many looks in a row as ``confirmations``. Which one it goes to is what the last look says.
+    many looks in a row as ``confirmations``. For less than ``gain`` it takes more looks, in proportion; for less than
+    ``tie`` there is never reason enough. Which one it goes to is what the last look says.
 
     Args:
         settings: The thresholds.
     """
 
     settings: AutoCompression
-    _agreeing: int = field(default=0, init=False)
+    _agreeing: float = field(default=0.0, init=False)
     _looks_since_change: int = field(default=_MISTAKE, init=False)
     _patience: dict[str, int] = field(default_factory=dict, init=False)
 
@@ -33,7 +35,7 @@ class Chooser:
         Args:
             seconds: Predicted seconds of a step with each candidate, from the least lossy one on.
             current: The present choice, one of them.
-            at_once: Whether it is the first choice, for which nothing speaks but the numbers.
+            at_once: Whether nothing speaks for the present choice: it is the first one, or the link is another one now.
 
         Returns:
             What to choose: ``current``, if there is not reason enough for another one.
@@ -41,16 +43,18 @@ class Chooser:
         self._looks_since_change += 1
         target = self.best(seconds)
         if at_once:
+            self._agreeing = 0.0
             return target
-        if not self._is_better(seconds, target, current):
-            self._agreeing = 0
+        weight = self._weight(seconds, target, current)
+        if not weight:
+            self._agreeing = 0.0
             return current
-        self._agreeing += 1
-        if self._agreeing < self.settings.confirmations * self._patience.get(target, 1):
+        self._agreeing += weight
+        if self._agreeing < self.settings.confirmations * self._patience.get(target, 1) - _ROUNDING:
             return current
         if self._looks_since_change < _MISTAKE:
             self._patience[current] = min(2 * self._patience.get(current, 1), _MOST_PATIENCE)
-        self._agreeing = self._looks_since_change = 0
+        self._agreeing, self._looks_since_change = 0.0, 0
         return target
 
     def best(self, seconds: Mapping[str, float]) -> str:
@@ -68,14 +72,16 @@ class Chooser:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on."""
-        self._agreeing, self._looks_since_change = int(state["agreeing"]), int(state["looks"])
+        self._agreeing, self._looks_since_change = float(state["agreeing"]), int(state["looks"])
         self._patience = {name: int(value) for name, value in state["patience"].items()}
 
-    def _is_better(self, seconds: Mapping[str, float], target: str, current: str) -> bool:
+    def _weight(self, seconds: Mapping[str, float], target: str, current: str) -> float:
+        """How much one look speaks for leaving ``current``, from 0 to 1."""
         if target == current:
-            return False
-        if min(seconds.values()) <= (1 - self.settings.gain) * seconds[current]:
-            return True
+            return 0.0
+        gain = 1 - min(seconds.values()) / seconds[current]
+        if gain >= self.settings.tie:
+            return min(gain / self.settings.gain, 1.0)
+        # It is alike. So is the target, which is the least lossy of those.
         names = list(seconds)
-        is_less_lossy = names.index(target) < names.index(current)
-        return is_less_lossy and seconds[target] <= (1 + self.settings.tie) * seconds[current]
+        return float(names.index(target) < names.index(current))

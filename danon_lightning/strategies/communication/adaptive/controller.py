@@ -4,6 +4,7 @@ import math
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from danon_lightning.strategies.communication.adaptive.choice import Chooser
@@ -17,8 +18,20 @@ OFF = "off"
 FIRST_LOOK = 2
 # A bandwidth that has changed by this factor since the last look has changed; else it is noise.
 _CHANGED = 1.5
-# Of so many changes in a row, this many to and fro are a contradiction. Then nothing is believed for a while.
-_CHANGES, _TO_AND_FRO, _DISTRUST_LOOKS = 6, 4, 12
+# What is measured on fast links depends on how busy processors are: less than this contradicts nothing.
+_CLEARLY_CHANGED = 3.0
+# Of changes within so many looks, this many to and fro are a contradiction. Then nothing is believed for a while.
+_RECENT_LOOKS, _TO_AND_FRO, _DISTRUST_LOOKS = 24, 4, 12
+# A probe that has found nothing new makes more of a difference pass for noise, until looks have confirmed predictions.
+_MOST_DOUBT, _LESS_DOUBT = 8.0, 0.9
+# Unless the difference is so many times as large as what may be noise, a probe waits until it takes but this share of
+# the time since the last one.
+_LARGE, _PROBING_SHARE = 5.0, 0.03
+# What a look may want: nothing, a look at whether the link has become much faster, or a measurement of it.
+NOTHING, PING, PROBE = 0, 1, 2
+# What the second takes on a link that has not, and the share of the time that it may take.
+PING_SECONDS = 0.02
+_PINGING_SHARE = 0.03
 
 _UNCOMPRESSED = "Gradients travel uncompressed"
 
@@ -49,6 +62,8 @@ class Controller:
 
     Attributes:
         current: Name of the present choice.
+        probe_seconds: What the last probe has taken; 0 before the first one.
+        predictions: Seconds of a step with each candidate, as of the last look; empty where nothing is known.
         warning: What is to be warned of once, if anything.
     """
 
@@ -62,11 +77,15 @@ class Controller:
         """See the class."""
         self.settings, self.candidates, self.forecaster, self._reason = settings, dict(candidates), forecaster, reason
         self.current = OFF
+        self.predictions: dict[str, float] = {}
+        self.probe_seconds = 0.0
         self.warning = ""
         self._allowed: set[str] = set(candidates)
         self._chooser = Chooser(settings)
-        self._has_chosen = self._is_verified = self._has_warned = False
-        self._changes: deque[float] = deque(maxlen=_CHANGES)
+        self._has_chosen = self._has_warned = False
+        self._looks, self._changes = 0, deque[tuple[int, float]]()  # at which look, by which factor
+        self._doubt, self._seconds_since_ping, self._seconds_since_probe = 1.0, 0.0, 0.0
+        self._has_link_changed = False
         self._distrusted_looks = 0
 
     @property
@@ -89,29 +108,45 @@ class Controller:
     def give_up(self, reason: str) -> None:
         """Nothing is known any more: the next decision is for dense gradients, for good."""
         self.forecaster, self._reason, self._has_chosen = None, reason, False
+        self.predictions = {}
 
-    def wants_probe(self, measured: Measured | None, buckets: Sequence[Parameters], step: int) -> bool:
-        """Compare what was measured with what was predicted; returns whether the link must be probed to tell why.
+    def wants_probe(self, measured: Measured | None, buckets: Sequence[Parameters], step: int) -> int:
+        """Compare what was measured with what was predicted; returns what must be known of the link to tell why.
+
+        It may have changed; or the model is wrong about the present choice, or something else keeps processors busy.
+        Where coding takes so long that steps do not show what the link can do, that is looked at now and then.
 
         Args:
             measured: Agreed over ranks; None if there is nothing new.
             buckets: In the order in which they are exchanged.
             step: Number of exchanges so far.
+
+        Returns:
+            :data:`NOTHING`, :data:`PING` or :data:`PROBE`.
         """
         forecaster = self.forecaster
         if forecaster is None or measured is None or not self._has_chosen or self.distrusts:
-            return False
+            return NOTHING
+        self._looks += 1
+        passed = self.settings.every_n_steps * measured.step_seconds
+        self._seconds_since_ping += passed
+        self._seconds_since_probe += passed
         name, compressor = self.current, self.candidates[self.current]
         predicted = forecaster.exposed_seconds(name, compressor, measured, buckets, step)
-        if forecaster.confirms(measured, predicted):
-            self._is_verified = True
-            return False
-        # Directly after a change it may be the model that is wrong about the new choice. Later, it is the link.
-        scale = forecaster.fit(name, compressor, measured, buckets, step) if self._is_verified else None
-        if scale is None:
-            return True
-        self._set_scale(scale)
-        return False
+        if forecaster.confirms(measured, predicted, self._doubt):
+            self._doubt = max(1.0, _LESS_DOUBT * self._doubt)
+        elif (
+            self.probe_seconds <= _PROBING_SHARE * self._seconds_since_probe
+            or not forecaster.confirms(measured, predicted, max(self._doubt, _LARGE))
+        ):  # fmt: skip
+            return PROBE
+        forecaster.learn(name, compressor, measured, buckets, step)
+        if self.current == OFF or self._seconds_since_ping < PING_SECONDS / _PINGING_SHARE:
+            return NOTHING
+        if forecaster.shows_a_faster_link(name, compressor, measured, buckets, step, 2 * self._doubt):
+            return NOTHING
+        self._seconds_since_ping = 0.0
+        return PING
 
     def take_probe(
         self, bytes_per_second: float | None, measured: Measured, buckets: Sequence[Parameters], step: int
@@ -129,9 +164,11 @@ class Controller:
         if bytes_per_second is None or not 0 < bytes_per_second < math.inf:
             self._distrust(f"a probe has found {bytes_per_second} bytes a second")
             return
-        self._set_scale(bytes_per_second / forecaster.links.inter.bytes_per_second)
-        forecaster.correct(self.current, self.candidates[self.current], measured, buckets, step)
-        self._is_verified = True
+        self._seconds_since_probe = 0.0
+        self._has_link_changed = self._set_scale(bytes_per_second / forecaster.links.inter.bytes_per_second)
+        self._doubt = 1.0 if self._has_link_changed else min(2 * self._doubt, _MOST_DOUBT)
+        if not self.distrusts:
+            forecaster.learn(self.current, self.candidates[self.current], measured, buckets, step)
 
     def decide(self, measured: Measured | None, buckets: Sequence[Parameters], step: int) -> Decision | None:
         """What to do from now on; None to go on as before.
@@ -164,27 +201,35 @@ class Controller:
             for name, compressor in self.candidates.items()
             if name in self._allowed
         }
-        chosen = self._chooser.update(seconds, self.current, at_once=first)
+        self.predictions = seconds
+        # Against a change that has been seen speaks nothing but the numbers either.
+        chosen = self._chooser.update(seconds, self.current, at_once=first or self._has_link_changed)
+        self._has_link_changed = False
         if chosen == self.current and not first:
             return None
         return self._decide(step, chosen, self._why(chosen, seconds, forecaster.bits_per_second))
 
     def _decide(self, step: int, name: str, sentence: str) -> Decision:
-        self._is_verified = self._is_verified and name == self.current
         self.current = name
         return Decision(step, name, sentence)
 
-    def _set_scale(self, scale: float) -> None:
+    def _set_scale(self, scale: float) -> bool:
+        """Returns whether the link has changed."""
         assert self.forecaster is not None
         before, self.forecaster.scale = self.forecaster.scale, scale
         change = scale / before
         if max(change, 1 / change) < _CHANGED:
-            return
+            return False
         self._chooser.forget_mistakes()
-        self._changes.append(change)
-        turns = [(one > 1) != (other > 1) for one, other in zip(self._changes, list(self._changes)[1:], strict=False)]
+        if max(change, 1 / change) < _CLEARLY_CHANGED:
+            return True
+        self._changes.append((self._looks, change))
+        while self._changes[0][0] < self._looks - _RECENT_LOOKS:
+            self._changes.popleft()
+        turns = [(one > 1) != (other > 1) for (_, one), (_, other) in pairwise(self._changes)]
         if sum(turns) >= _TO_AND_FRO:
             self._distrust("it seems to change to and fro")
+        return True
 
     def _distrust(self, why: str) -> None:
         self._distrusted_looks = _DISTRUST_LOOKS

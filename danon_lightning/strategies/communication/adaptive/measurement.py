@@ -86,10 +86,6 @@ class StepMeter:
         """What has passed since the end of the exchange is no part of the next step."""
         self._end = Moment(self._device)
 
-    def exposed(self) -> Tensor:
-        """What the last exchange has taken after its last bucket was ready; float64 ``[1]``."""
-        return torch.tensor([self._steps[-1][1]], dtype=torch.float64)
-
     def clear(self) -> None:
         """Forget all steps."""
         self._steps.clear()

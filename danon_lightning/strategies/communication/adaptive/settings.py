@@ -25,8 +25,9 @@ class AutoCompression:
             tolerate is left out, with a warning.
         every_n_steps: Exchanges between two looks at what has been measured. A choice is changed after as many looks as
             ``confirmations``, so with 5 and 2 a change of bandwidth is answered within 15 exchanges.
-        gain: By which share a step must become shorter for a choice to be changed.
-        confirmations: Number of looks in a row that must find so.
+        gain: By which share a step must become shorter for a choice to be changed after ``confirmations`` looks. If it
+            would become shorter by less, that must be found at more looks in a row: by half of it, at twice as many.
+        confirmations: Number of looks in a row.
         tie: Choices whose steps differ by less than this share are alike; the least lossy is preferred.
 
     Raises:

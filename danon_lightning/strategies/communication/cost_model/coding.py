@@ -1,5 +1,7 @@
 """What a rank computes for an exchange, in seconds an element: measured once a process, for a fraction of a second."""
 
+import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -11,15 +13,20 @@ from torch import Tensor
 
 from danon_lightning.strategies.communication import kernels
 from danon_lightning.strategies.communication.compressors import Compressor, LinearCompressor, get_compressor
-from danon_lightning.strategies.communication.compressors.base import Context
+from danon_lightning.strategies.communication.compressors.base import Region
 from danon_lightning.strategies.communication.cost_model.traffic import STEADY_STEP
-from danon_lightning.strategies.communication.messages import sizes_for
+from danon_lightning.strategies.communication.error_feedback import resolve_error_feedback
+from danon_lightning.strategies.communication.memory import Memory
+from danon_lightning.strategies.communication.messages import SMALLEST_COMPRESSED, sizes_for
 
 # Regions that take turns, so that none is in the cache when its turn comes.
 _REGIONS = 8
 _WARM_UP, _REPEATS = 2, 5
-# Sides of the matrix that codes of whole parameters are measured on.
-_SIDE = 1024
+# Elements of a large region, and sides of the matrix that codes of whole parameters are measured on.
+_CPU_NUMEL, _CUDA_NUMEL = 1 << 19, 1 << 22
+_SIDE = 1 << 9
+# Of the smallest region that is coded; it says what a region costs beside its elements.
+_SMALL_SIDE = math.isqrt(SMALLEST_COMPRESSED)
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,9 @@ class CodingCosts:
         encode: To code one value of one source, error feedback included where the compressor needs it.
         decode: To decode it.
         decode_add: To add a decoded value to a sum.
+        encode_region: Seconds for a region, however small, beside those for its elements.
+        decode_region: The same.
+        decode_add_region: The same.
     """
 
     copy: float = 0.0
@@ -39,6 +49,9 @@ class CodingCosts:
     encode: float = 0.0
     decode: float = 0.0
     decode_add: float = 0.0
+    encode_region: float = 0.0
+    decode_region: float = 0.0
+    decode_add_region: float = 0.0
 
 
 NO_COSTS = CodingCosts()
@@ -93,95 +106,112 @@ def forget_costs() -> None:
 
 
 def _measure(compressor: Compressor | LinearCompressor | None, device: torch.device) -> CodingCosts:
-    numel = min(sizes_for(device)[1], 1 << 19 if device.type == "cpu" else 1 << 22)
+    numel = min(sizes_for(device)[1], _CPU_NUMEL if device.type == "cpu" else _CUDA_NUMEL)
     generator = torch.Generator().manual_seed(0)
     values = [torch.randn(numel, generator=generator).to(device) for _ in range(_REGIONS)]
     out = [torch.empty(numel, device=device) for _ in range(_REGIONS)]
-
-    def timed(operation: Callable[[int], object]) -> float:
-        return _seconds(operation, device) / (_REGIONS * numel)
-
-    copy = timed(lambda i: kernels.copy(out[i], values[i]))
-    add = timed(lambda i: kernels.add_scaled(out[i], [values[i], values[i - 1]], 0.5)) / 2
+    copy = _seconds(lambda i: kernels.copy(out[i], values[i]), device) / numel
+    add = _seconds(lambda i: kernels.add_scaled(out[i], [values[i], values[i - 1]], 0.5), device) / numel / 2
     if compressor is None:
         return CodingCosts(copy, add)
     if isinstance(compressor, LinearCompressor):
-        encode, decode = _measure_linear(compressor, values, out, device)
-        return CodingCosts(copy, add, encode, decode)
-    return CodingCosts(copy, add, *_measure_codes(compressor, values, out, device))
+        small, large = torch.Size([_SMALL_SIDE] * 2), torch.Size([_SIDE, numel // _SIDE])
+        if compressor.code_numel(large) is None:  # it would travel dense
+            return CodingCosts(copy, add)
+        shapes = [large] if compressor.code_numel(small) is None else [small, large]
+        found = [(shape.numel(), _time_rounds(compressor, values, out, shape)) for shape in shapes]
+    else:
+        found = [(n, _time_codes(compressor, values, out, n)) for n in (_SMALL_SIDE**2, numel)]
+    lines = [_line([(n, seconds[kind]) for n, seconds in found]) for kind in range(3)]
+    return CodingCosts(copy, add, *(per_element for _, per_element in lines), *(each for each, _ in lines))
 
 
-def _measure_codes(
-    compressor: Compressor, values: list[Tensor], out: list[Tensor], device: torch.device
+def _line(points: list[tuple[int, float]]) -> tuple[float, float]:
+    """Seconds for a region, and for each of its elements, through times of a small and of a large region."""
+    (few, short), (many, long) = points[0], points[-1]
+    per_element = max(0.0, long - short) / (many - few) if many > few else long / many
+    return max(0.0, short - per_element * few), per_element
+
+
+def _time_codes(
+    compressor: Compressor, values: list[Tensor], out: list[Tensor], numel: int
 ) -> tuple[float, float, float]:
-    """Seconds an element to encode, to decode, and to decode and add."""
-    numel = values[0].numel()
-    contexts = [Context(step=STEADY_STEP) for _ in values]
-    payloads = [
-        torch.zeros(compressor.payload_bytes(numel, STEADY_STEP), dtype=torch.uint8, device=device) for _ in values
-    ]
-    residuals = [torch.zeros(numel, device=device) for _ in values]
+    """Seconds to encode a region, to decode it, and to decode and add it, as the exchange does it."""
+    device = values[0].device
+    memory = _memory_of(compressor)
+    regions = [Region(str(index), 0, numel) for index in range(_REGIONS)]
+    size = compressor.payload_bytes(numel, STEADY_STEP)
+    payloads = [torch.zeros(size, dtype=torch.uint8, device=device) for _ in regions]
+    sums = [one[:numel] for one in out]
+    rounds = itertools.count()
 
-    def encode(i: int) -> None:
-        context = Context(step=contexts[i].step + 1, state={**contexts[i].state, **contexts[i].new_state})
-        contexts[i] = context
-        if compressor.needs_error_feedback:
-            summed = torch.empty_like(values[i])
-            kernels.add_scaled(summed, [values[i]], 0.5)
-            compressor.encode_with_feedback(summed, residuals[i], 1.0, out[i], payloads[i], context)
-            residuals[i], out[i] = out[i], residuals[i]
-        else:
-            compressor.encode_sum([values[i]], 0.5, payloads[i], context)
+    def encode(index: int) -> None:
+        # Gradients of one region differ from step to step.
+        source = values[(index + next(rounds) // _REGIONS) % _REGIONS][:numel]
+        memory.encode_sum(regions[index], [source], 0.5, payloads[index])
 
-    scale = 1 / (len(values) * numel)
-    seconds = [
-        _seconds(encode, device),
-        _seconds(lambda i: compressor.decode(payloads[i], out[i]), device),
-        _seconds(lambda i: compressor.decode(payloads[i], out[i], add=True), device),
-    ]
-    return seconds[0] * scale, seconds[1] * scale, seconds[2] * scale
+    return (
+        _seconds(encode, device, end=memory.commit),
+        _seconds(lambda i: compressor.decode(payloads[i], sums[i]), device),
+        _seconds(lambda i: compressor.decode(payloads[i], sums[i], add=True), device),
+    )
 
 
-def _measure_linear(
-    compressor: LinearCompressor, values: list[Tensor], out: list[Tensor], device: torch.device
-) -> tuple[float, float]:
-    """Seconds an element for all rounds, and to decode."""
-    rows = min(_SIDE, int(values[0].numel() ** 0.5))
-    shape = torch.Size([rows, values[0].numel() // rows])
-    if compressor.code_numel(shape) is None:  # it would travel dense
-        return 0.0, 0.0
-    matrices = [value[: shape.numel()].view(shape) for value in values]
-    contexts = [Context(step=STEADY_STEP) for _ in values]
-    codes: list[Tensor] = [torch.empty(0) for _ in values]
+def _time_rounds(
+    compressor: LinearCompressor, values: list[Tensor], out: list[Tensor], shape: torch.Size
+) -> tuple[float, float, float]:
+    """Seconds for all rounds of a region, and to decode it."""
+    device = values[0].device
+    memory = _memory_of(compressor)
+    regions = [Region(str(index), 0, shape.numel()) for index in range(_REGIONS)]
+    codes = [torch.empty(0)] * _REGIONS
+    spaces: list[Tensor] = []
 
-    def encode(i: int) -> None:
-        context = Context(step=contexts[i].step + 1, state={**contexts[i].state, **contexts[i].new_state})
-        contexts[i] = context
-        work = out[i][: shape.numel()].view(shape)
-        work.copy_(matrices[i])
-        rounds = compressor.rounds(work, context, feedback=compressor.needs_error_feedback)
-        term = next(rounds)
-        while True:
-            try:
-                term = rounds.send(term.clone())
-            except StopIteration as stop:
-                codes[i] = stop.value
-                return
+    def begin() -> None:
+        # The sum over the node is written there, whose costs are known.
+        nonlocal spaces
+        spaces = [memory.workspace(region, shape, device) for region in regions]
+        for space, source in zip(spaces, values, strict=True):
+            space.view(-1).copy_(source[: shape.numel()])
 
-    encoding = _seconds(encode, device)
-    decoding = _seconds(lambda i: compressor.decode(codes[i], out[i][: shape.numel()].view(shape), contexts[i]), device)
-    scale = 1 / (len(values) * shape.numel())
-    return encoding * scale, decoding * scale
+    def encode(index: int) -> None:
+        rounds = memory.rounds(regions[index], spaces[index])
+        term: Tensor | None = rounds.start()
+        while term is not None:
+            term = rounds.resume(term.clone())
+        assert rounds.code is not None
+        codes[index] = rounds.code
+
+    encoding = _seconds(encode, device, begin=begin, end=memory.commit)
+    contexts = [memory.decoding_context(region) for region in regions]
+    sums = [one[: shape.numel()].view(shape) for one in out]
+    return encoding, _seconds(lambda i: compressor.decode(codes[i], sums[i], contexts[i]), device), 0.0
 
 
-def _seconds(operation: Callable[[int], object], device: torch.device) -> float:
-    """Median time to do it once for each region."""
+def _memory_of(compressor: Compressor | LinearCompressor) -> Memory:
+    memory = Memory(compressor, resolve_error_feedback("auto", compressor), 0, 1, {})
+    memory.step = STEADY_STEP
+    return memory
+
+
+def _seconds(
+    operation: Callable[[int], object],
+    device: torch.device,
+    *,
+    begin: Callable[[], object] = lambda: None,
+    end: Callable[[], object] = lambda: None,
+) -> float:
+    """Median time to do it for one region, where all have their turns; what is done before and after is not timed."""
     seconds = []
     for _ in range(_WARM_UP + _REPEATS):  # memory is touched for the first time, and thresholds settle
+        begin()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         start = time.perf_counter()
         for index in range(_REGIONS):
             operation(index)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[_WARM_UP:])
+        end()
+    return statistics.median(seconds[_WARM_UP:]) / _REGIONS

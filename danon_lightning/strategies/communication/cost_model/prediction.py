@@ -22,7 +22,7 @@ from danon_lightning.strategies.communication.cost_model.traffic import (
     MessageTraffic,
     Parameters,
     Phase,
-    bucket_traffic,
+    exchange_traffic,
 )
 
 
@@ -57,6 +57,7 @@ def predict_exchange(
     ready: Sequence[float] | None = None,
     step: int = STEADY_STEP,
     device: torch.device | str = "cpu",
+    traffic: Sequence[Sequence[MessageTraffic]] | None = None,
 ) -> Prediction:
     """What one exchange of gradients by :class:`GradientCommunicator` takes.
 
@@ -71,6 +72,8 @@ def predict_exchange(
             the exchange, and is taken not to slow it down.
         step: Number of the exchange, which matters during a compressor's warm-up.
         device: Kind of device that gradients lie on: it decides how long messages are.
+        traffic: What :func:`exchange_traffic` has made of all these, if that is known already: for large models it
+            takes most of the time.
 
     Raises:
         ValueError: For an unknown compression, ``hierarchical=True`` on links of one level, or ``ready`` of another
@@ -80,7 +83,9 @@ def predict_exchange(
     if ready is not None and len(ready) != len(buckets):
         raise ValueError(f"ready has {len(ready)} times, but there are {len(buckets)} buckets")
     levels = Levels.of(links.nodes, links.ranks_per_node, hierarchical=hierarchical, compressed=compressor is not None)
-    messages = [bucket_traffic(bucket, levels, compressor, step=step, device=device) for bucket in buckets]
+    messages = traffic
+    if messages is None:
+        messages = exchange_traffic(buckets, levels, compressor, step=step, device=device)
     times = list(ready) if ready is not None else [0.0] * len(buckets)
     clock = _Clock(links, levels)
     in_flight: deque[Generator[None, None, None]] = deque()
@@ -185,9 +190,10 @@ def _average(message: MessageTraffic, clock: _Clock, levels: Levels, costs: Codi
     inner, outer = levels.inner, levels.outer
     portions = len(message.collected)
 
-    def work(per_element: float) -> None:
+    def work(per_element: float, per_region: float = 0.0) -> None:
         """On what each rank sums."""
-        clock.work([per_element * row for row in message.rows])
+        pairs = zip(message.rows, message.pieces, strict=True)
+        clock.work([per_element * row + per_region * pieces for row, pieces in pairs])
 
     for num_bytes in message.collected:
         arrival = clock.hand_over(num_bytes, copied=True)
@@ -196,32 +202,38 @@ def _average(message: MessageTraffic, clock: _Clock, levels: Levels, costs: Codi
         clock.wait(arrival)
         if message.way in ("dense", "linear"):
             work(costs.add * inner / portions)
-    # What is to be done before the first transfer and after each, and in the end with every element.
-    after = [0.0] * len(message.phases)
+    # What is to be done before the first transfer, after each, and at last with all: for an element, for a region.
+    after = [(0.0, 0.0)] * len(message.phases)
+    coding, sums = (costs.encode, costs.encode_region), costs.add * (inner - 1)
+    decoding = costs.decode, costs.decode_region
+    decoding_all = (
+        costs.decode + costs.decode_add * (outer - 1), costs.decode_region + costs.decode_add_region * (outer - 1),
+    )  # fmt: skip
     if message.way == "dense":
-        before, finally_ = 0.0, costs.copy
-        after[:1] = [costs.add] * bool(after)
+        before, finally_ = (0.0, 0.0), (costs.copy, 0.0)
+        after[:1] = [(costs.add, 0.0)] * bool(after)
     elif message.way == "reduce":
-        before, finally_ = costs.encode + costs.add * (inner - 1), costs.decode
-        after[0] = (costs.decode + costs.decode_add * (outer - 1) + costs.encode) / outer
+        before, finally_ = (coding[0] + sums, coding[1]), decoding
+        after[0] = (decoding_all[0] + coding[0]) / outer, (decoding_all[1] + coding[1]) / outer
     elif message.way == "gather":
-        before, finally_ = costs.encode + costs.add * (inner - 1), costs.decode + costs.decode_add * (outer - 1)
+        before, finally_ = (coding[0] + sums, coding[1]), decoding_all
     else:
         # The rounds, of two transfers each, share the work: two products and an update of the residual, for low rank.
-        before, finally_ = costs.encode / (len(after) // 2 + 1), costs.decode
-        after[1::2] = [before] * (len(after) // 2)
-    work(before)
-    for phase, per_element in zip(message.phases, after, strict=True):
+        rounds = len(after) // 2
+        before, finally_ = (coding[0] / (rounds + 1), coding[1] / (rounds + 1)), decoding
+        after[1::2] = [before] * rounds
+    work(*before)
+    for phase, then in zip(message.phases, after, strict=True):
         arrival = clock.send(phase)
         for _ in range(IN_FLIGHT if outer > 1 else 0):
             yield
         clock.wait(arrival)
-        work(per_element)
+        work(*then)
     arrival = clock.hand_over(message.shared, copied=message.way == "linear")
     if inner > 1:
         yield
     clock.wait(arrival)
-    clock.work([finally_ * message.numel] * inner)
+    clock.work([finally_[0] * message.numel + finally_[1] * sum(message.pieces)] * inner)
 
 
 def _total(sizes: tuple[int, ...]) -> int:

@@ -60,6 +60,7 @@ class MessageTraffic:
     Attributes:
         way: How it is averaged.
         rows: Elements that each inner rank sums over its node.
+        pieces: Of how many regions, or parts of them, these are.
         collected: Bytes, by portion, that the ranks of a node hand one another to be summed.
         phases: Transfers between outer ranks, in order.
         shared: Bytes that they hand one another as the result.
@@ -67,6 +68,7 @@ class MessageTraffic:
 
     way: Literal["dense", "reduce", "gather", "linear"]
     rows: tuple[int, ...]
+    pieces: tuple[int, ...]
     collected: tuple[int, ...]
     phases: tuple[Phase, ...]
     shared: int
@@ -133,6 +135,18 @@ def ddp_buckets(parameters: Parameters, bucket_bytes: int = 25 << 20) -> list[Pa
     return list(buckets)
 
 
+def exchange_traffic(
+    buckets: Sequence[Parameters],
+    levels: Levels,
+    compressor: Compressor | LinearCompressor | None,
+    *,
+    step: int = STEADY_STEP,
+    device: torch.device | str = "cpu",
+) -> list[list[MessageTraffic]]:
+    """What each message of each bucket moves; see :func:`bucket_traffic`."""
+    return [bucket_traffic(bucket, levels, compressor, step=step, device=device) for bucket in buckets]
+
+
 def bucket_traffic(
     bucket: Parameters,
     levels: Levels,
@@ -182,6 +196,7 @@ def _dense(message: Message, levels: Levels, itemsize: int, summed_itemsize: int
     return MessageTraffic(
         way="dense",
         rows=tuple(rows),
+        pieces=tuple(map(len, message.rows)),
         collected=(_collected(message.rows, levels, itemsize),),
         phases=_sum_across(rows, levels, summed_itemsize),
         shared=(levels.inner - 1) * summed_itemsize * sum(rows),
@@ -202,6 +217,7 @@ def _coded(message: Message, levels: Levels, compressor: Compressor, itemsize: i
     return MessageTraffic(
         way="reduce" if message.kind == "reduce" else "gather",
         rows=tuple(rows),
+        pieces=tuple(map(len, message.rows)),
         collected=(_collected(message.rows, levels, itemsize),),
         phases=phases,
         shared=(levels.inner - 1) * sum(row_offsets(row)[-1] for row in sizes),
@@ -215,6 +231,7 @@ def _linear(message: LinearMessage, levels: Levels, compressor: LinearCompressor
     return MessageTraffic(
         way="linear",
         rows=tuple(rows),
+        pieces=tuple(map(len, message.regions)),
         collected=tuple(_collected(fragment, levels, itemsize) for fragment in message.fragments),
         phases=tuple(phase for phases in rounds for phase in phases),
         shared=(levels.inner - 1) * 4 * sum(codes),
