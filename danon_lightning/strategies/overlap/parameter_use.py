@@ -1,5 +1,6 @@
 """In which module's forward pass each parameter is first used."""
 
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -65,8 +66,9 @@ def first_uses(modules: Iterable[nn.Module], parameters: Iterable[nn.Parameter])
         for module in modules:
             stack.callback(module.register_forward_pre_hook(enter).remove)
             stack.callback(module.register_forward_hook(leave, always_call=True).remove)
-        # What is compiled is not seen; nor can it be while something watches.
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if "torch._dynamo" in sys.modules:  # it takes long to import, and without it nothing is compiled
+            # What is compiled is not seen; nor can it be while something watches.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(uses)
         yield uses.found
 
