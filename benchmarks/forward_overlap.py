@@ -256,6 +256,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--mbit", type=positive_float, nargs="+", default=[2000.0, 1000.0], help="rates (default: 2000 1000)")
+    add("--runs", nargs="+", choices=RUNS, default=RUNS, help="besides alone and dense (default: all)")
     add("--layers", type=positive_int, default=64, help="default: %(default)s")
     add("--side", type=positive_int, default=640, help="of each layer's matrix (default: %(default)s)")
     add("--compute-ms", type=positive_float, default=800.0, help="both passes of all layers (default: %(default)s)")
@@ -274,7 +275,8 @@ def main() -> None:
     results: list[Result] = []
     with EmulatedHosts(HOSTS) as hosts:
         for mbit in dict.fromkeys(args.mbit):
-            found = measure(RUNS, sizes, mbit, hosts)
+            names = [name for name in RUNS if name in ("alone", "dense", *args.runs)]
+            found = measure(names, sizes, mbit, hosts)
             results += found
             title = f"{megabytes:.0f} MB of gradients, {args.compute_ms:g} ms of computing, {format_rate(mbit)}"
             console.print(table_of(found, title))
