@@ -84,7 +84,6 @@ class Link:
         self.begins, self.peers = begins, peers
         self.sent = []
         self.asked = []
-        self.short = False
 
     def send(self, buffer, parameters, *, first, last):
         self.sent.append((int(buffer), first, last))
@@ -93,9 +92,6 @@ class Link:
     @property
     def waiting(self):
         return max(0, len(self.sent) - self.begins)
-
-    def shorten_messages(self, shorten):
-        self.short = shorten
 
     def agree_on_maximum(self, value):
         self.asked.append(value)
@@ -126,7 +122,6 @@ def test_what_cannot_leave_in_time_leaves_in_the_order_of_the_forward_pass():
     assert [last for _, _, last in link.sent] == 7 * [False] + [True]
     assert send_steps(order, link, 20, 8) == [0, 1, 2, 7, 6, 5, 4, 3]
     assert link.asked == [3, 3, 3]
-    assert link.short
 
 
 def test_a_faster_link_is_found_out_and_the_slowest_rank_does_not_keep_others_idle():
@@ -136,7 +131,6 @@ def test_a_faster_link_is_found_out_and_the_slowest_rank_does_not_keep_others_id
     assert order.released == 3
     link.begins = 8
     assert send_steps(order, link, 60, 8) == list(range(8))
-    assert not link.short
     behind = Link(begins=1, peers=5)
     order = SendOrder(behind)
     assert send_steps(order, behind, 5, 8) == [0, 1, 2, 3, 4, 7, 6, 5]

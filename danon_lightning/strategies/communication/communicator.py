@@ -48,8 +48,6 @@ from danon_lightning.strategies.mesh import Mesh
 
 # Room for codes that are longer than what they stand for (several nodes' sparse ones).
 _ROW_MARGIN = 3
-# 4 ms at 1 Gbit/s, for about a millisecond of processor time.
-_SHORT_ROW_BYTES = 512 << 10
 
 
 class GradientCommunicator:
@@ -345,22 +343,6 @@ class GradientCommunicator:
     def add_exposed(self, seconds: float) -> None:
         """Count time for which a bucket of :meth:`send` was waited for."""
         self._stats.exposed_seconds += seconds
-
-    def shorten_messages(self, shorten: bool) -> None:
-        """Cut dense buckets into shorter messages from the next step on, or into ordinary ones again.
-
-        Several messages are under way at once, so the longer they are, the longer a bucket takes that is waited for.
-        Shorter ones take more processor time. Only what goes over the network is cut.
-
-        Args:
-            shorten: The same on all ranks; with no bucket under way.
-        """
-        row_bytes, _ = sizes_for(self._device)
-        if shorten and self._exchange.outer.size > 1 and self._device.type == "cpu":
-            row_bytes = _SHORT_ROW_BYTES
-        if row_bytes != self._row_bytes:
-            self._row_bytes = row_bytes
-            self._plans.clear()
 
     def agree_on_maximum(self, value: int) -> int:
         """The largest of the values of all ranks. Collective; with no bucket under way."""

@@ -22,8 +22,6 @@ class _Exchange(Protocol):
 
     def agree_on_maximum(self, value: int) -> int: ...
 
-    def shorten_messages(self, shorten: bool) -> None: ...
-
 
 @dataclass(eq=False)
 class Departure:
@@ -50,8 +48,7 @@ class SendOrder:
 
     How many leave as they come is agreed on, every few steps, so that it is the same on all ranks: the most that any of
     them has begun to send, in the median over the steps since, before its backward pass ended; and one more, lest the
-    link be idle. If all of them were begun, some more. Where buckets are held back, messages are shorter, so that the
-    first of these has not so long to wait for what is on the wire.
+    link be idle. If all of them were begun, some more.
 
     Attributes:
         released: How many buckets leave as they come; None for all of them, as long as nothing is known.
@@ -67,7 +64,7 @@ class SendOrder:
         self._exchange, self._reorders = exchange, reorders
         self.released: int | None = None
         self._held: list[Departure] = []
-        self._steps = self._sent = self._agreed_at = self._buckets = 0
+        self._steps = self._sent = self._agreed_at = 0
         self._proposals: list[int] = []
 
     @property
@@ -99,8 +96,7 @@ class SendOrder:
         bucket.future = self._exchange.send(bucket.buffer, list(bucket.parameters), first=first, last=last)
 
     def _measure(self) -> None:
-        self._buckets = buckets = self._sent + len(self._held)
-        waiting = self._exchange.waiting
+        buckets, waiting = self._sent + len(self._held), self._exchange.waiting
         spare = 1 if waiting else max(1, buckets // 8)
         if self._steps >= _WARMUP_STEPS:
             self._proposals.append(min(buckets, max(0, self._sent - waiting) + spare))
@@ -114,4 +110,3 @@ class SendOrder:
         self._agreed_at = steps
         self.released = self._exchange.agree_on_maximum(round(statistics.median(self._proposals)))
         self._proposals.clear()
-        self._exchange.shorten_messages(self.released < self._buckets - 1)  # the last one is never early
