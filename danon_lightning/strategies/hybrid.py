@@ -272,6 +272,8 @@ class DanonHybridStrategy(ReplicatedStrategy):
             sent = sent if self._auto is None else "compressed if it pays"
             two_levels = uses_two_levels(mesh, self._hierarchical)
             facts["gradients"] = f"dense inside a node, {sent} between nodes" if two_levels else f"{sent}, all to all"
+            if self._overlap_forward:
+                facts["gradients"] += ", beside the next forward pass"
         return facts
 
     def communication_stats(self) -> dict[str, Any]:
