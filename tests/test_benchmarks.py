@@ -152,3 +152,23 @@ def test_the_cost_of_a_healthy_check_is_printed_and_written(tmp_path):
     assert "the callback itself" in run("nan_check.py", *small, "--json", str(file))
     found = json.loads(file.read_text())
     assert found["reads_a_step"] == 1 and found["pairs"] == 2 and found["tokens_a_step"] == 16
+
+
+def test_buckets_are_those_of_ddp(load):
+    script = load("forward_overlap")
+    sizes = script.Sizes(layers=7, side=256, compute_seconds=1.0, bucket_mb=0.5, steps=1)  # two matrices fill a bucket
+    assert script.buckets_of(sizes) == 4
+    assert script.saving(sizes, 2.0) == pytest.approx(1 / 3 * (1 - 1 / 3))
+    assert script.saving(sizes, 0.6) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.hosts
+def test_what_overlap_gains_is_printed_and_written(tmp_path):
+    file = tmp_path / "overlap.json"
+    small = ["--mbit", "500", "--layers", "6", "--side", "128", "--compute-ms", "30", "--bucket-mb", "0.05"]
+    assert "forward" in run("forward_overlap.py", *small, "--steps", "4", "--json", str(file))
+    results = {one["name"]: one for one in json.loads(file.read_text())["results"]}
+    assert set(results) == {"alone", "ddp", "dense", "arrival", "forward"}
+    assert results["arrival"]["held_back"] == 0 and 0 <= results["forward"]["held_back"] <= 5
+    assert 0 < results["forward"]["exposed_seconds"] <= results["forward"]["exchange_seconds"]

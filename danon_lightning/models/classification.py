@@ -102,6 +102,10 @@ class SequenceClassifier(pl.LightningModule):
         self.log("train/accuracy", accuracy, prog_bar=True, batch_size=len(labels))
         return loss
 
+    def reads_between_steps(self, trainer: pl.Trainer) -> bool:
+        """Never looks at weights or gradients between the backward pass and the next forward pass."""
+        return False
+
     @override
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Move on what follows the course of training."""

@@ -119,6 +119,10 @@ class LanguageModel(TextGeneration):
         self.log("train/bits_per_byte", loss.detach() / math.log(2), prog_bar=True)
         return loss
 
+    def reads_between_steps(self, trainer: Any) -> bool:
+        """Never looks at weights or gradients between the backward pass and the next forward pass."""
+        return False
+
     @override
     def on_train_batch_end(self, outputs: Any, batch: Tensor, batch_idx: int) -> None:
         """Move on what follows the course of training."""

@@ -36,6 +36,7 @@ from danon_lightning.strategies.communication.error_feedback import resolve_erro
 from danon_lightning.strategies.communication.layout import check_hierarchical, uses_two_levels
 from danon_lightning.strategies.mesh import Mesh
 from danon_lightning.strategies.optimizer_checks import allowed_compressions, check_optimizer
+from danon_lightning.strategies.overlap import ForwardOverlap, Synchronization, check_overlap, check_trainer
 from danon_lightning.strategies.pipeline.arguments import check_arguments
 from danon_lightning.strategies.pipeline.initialization import reproducible
 from danon_lightning.strategies.pipeline.schedules import resolve_schedule
@@ -78,6 +79,8 @@ class DanonHybridStrategy(ReplicatedStrategy):
             average what they have found; or :class:`AsyncSync` or :class:`PeriodicSync` with settings of its own.
         optimizer_sharding: True to share the optimizer's state out among replicas, each of which moves its part of the
             weights and sends it to the others. Weights are the same to the bit.
+        overlap_forward: True to let the exchange go on during the next forward pass, which waits for each weight where
+            it is first used, and to send first what is needed first. Weights are the same to the bit.
         bucket_cap_mb: Size of the gradient buckets in MiB.
         pipeline_parallel_size: Number of ranks that share a replica of the model, each with some of its layers; 1 for
             a whole model on every rank.
@@ -136,6 +139,7 @@ class DanonHybridStrategy(ReplicatedStrategy):
         static_graph: bool = False,
         sync_mode: Literal["full", "async", "periodic"] | AsyncSync | PeriodicSync = "full",
         optimizer_sharding: bool = False,
+        overlap_forward: bool = False,
         bucket_cap_mb: float = 25,
         pipeline_parallel_size: int = 1,
         num_microbatches: int | Literal["auto"] = "auto",
@@ -186,6 +190,16 @@ class DanonHybridStrategy(ReplicatedStrategy):
         check_sync_mode(self._sync_mode, self._error_feedback, optimizer_sharding, find_unused_parameters)
         if isinstance(self._sync_mode, PeriodicSync):
             self._ddp_kwargs.setdefault("broadcast_buffers", False)
+        self._overlap_forward = overlap_forward
+        if overlap_forward:
+            check_overlap(
+                compressed=is_auto or self._compressor is not None,
+                sync_mode=sync_mode if isinstance(sync_mode, str) else type(sync_mode).__name__,
+                optimizer_sharding=optimizer_sharding,
+                find_unused_parameters=find_unused_parameters,
+                static_graph=static_graph,
+                pipeline_parallel_size=pipeline_parallel_size,
+            )
         self._bucket_bytes = round(bucket_cap_mb * (1 << 20))
         if pipeline_parallel_size < 1:
             raise ValueError(f"pipeline_parallel_size={pipeline_parallel_size} must be at least 1")
@@ -258,6 +272,8 @@ class DanonHybridStrategy(ReplicatedStrategy):
             sent = sent if self._auto is None else "compressed if it pays"
             two_levels = uses_two_levels(mesh, self._hierarchical)
             facts["gradients"] = f"dense inside a node, {sent} between nodes" if two_levels else f"{sent}, all to all"
+            if self._overlap_forward:
+                facts["gradients"] += ", beside the next forward pass"
         return facts
 
     def communication_stats(self) -> dict[str, Any]:
@@ -327,6 +343,9 @@ class DanonHybridStrategy(ReplicatedStrategy):
     def setup(self, trainer: pl.Trainer) -> None:
         """Get ready for a call of the Trainer."""
         super().setup(trainer)
+        if self._overlap is not None:
+            self._synchronization = Synchronization(self._overlap)
+            trainer.callbacks.insert(0, self._synchronization)  # type: ignore[attr-defined]
         self._postpone_requeue(trainer)
 
     def _postpone_requeue(self, trainer: pl.Trainer) -> None:
@@ -378,6 +397,10 @@ class DanonHybridStrategy(ReplicatedStrategy):
                 )
         self._communicator = self._make_communicator(self.model)
         self._restore_memory()
+        if self._overlap_forward:
+            self._overlap = ForwardOverlap(self._communicator, self.model.module)
+            self.model.register_comm_hook(self._overlap, self._overlap.hook)
+            return
         exchanges = self._sync_mode is None
         self.model.register_comm_hook(self._communicator, self._communicator.hook if exchanges else keep_local)
 
@@ -417,6 +440,8 @@ class DanonHybridStrategy(ReplicatedStrategy):
         super().setup_optimizers(trainer)
         if isinstance(self._sync_mode, PeriodicSync) and len(self.optimizers) > 1:
             raise ValueError(f"sync_mode='periodic' takes one optimizer, there are {len(self.optimizers)}")
+        if self._overlap_forward:
+            check_trainer(trainer, self.optimizers, scales_loss=self._scaler() is not None)
         if self._communicator is not None and self._compressor is not None:
             self._check_optimizers(self._communicator, self._compressor, clips=bool(trainer.gradient_clip_val))
         if self._communicator is not None and self._auto is not None:
@@ -502,6 +527,7 @@ class DanonHybridStrategy(ReplicatedStrategy):
     @override
     def teardown(self) -> None:
         """Stop the exchange and unwrap the model."""
+        self._end_overlap()
         if self._communicator is not None:
             self._communicator.close(failed=self._has_failed)
         if self._requeue is not None:

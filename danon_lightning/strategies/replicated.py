@@ -1,6 +1,7 @@
 """What keeps the replicas of a model together, and what each of them has of its own."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,6 +16,7 @@ from typing_extensions import override
 from danon_lightning.strategies.communication import GradientCommunicator
 from danon_lightning.strategies.mesh import Mesh
 from danon_lightning.strategies.optimizer_sharding import ShardedOptimizer, sharded
+from danon_lightning.strategies.overlap import ForwardOverlap, Synchronization
 from danon_lightning.strategies.pipeline.checkpoint import gather_plain
 from danon_lightning.strategies.sync import AsyncSync, LocalSteps, PeriodicSync, StaleGradients
 from danon_lightning.strategies.sync.periodic import all_finite
@@ -30,6 +32,8 @@ class ReplicatedStrategy(DDPStrategy):
     _communicator: GradientCommunicator | None = None
     _stale: StaleGradients | None = None
     _local: LocalSteps | None = None
+    _overlap: ForwardOverlap | None = None
+    _synchronization: Synchronization | None = None
     _saved_sync: dict[str, Any] | None = None
 
     @property
@@ -47,6 +51,8 @@ class ReplicatedStrategy(DDPStrategy):
     def on_train_start(self) -> None:
         """Begin to synchronise in other ways than at each step, or go on with it."""
         self._stale = self._local = None
+        if self._overlap is not None:
+            self._overlap.attach()
         group, _ = self._replicas()
         communicator, module = self._communicator, self.lightning_module
         if communicator is None or group is None or module is None:
@@ -70,10 +76,36 @@ class ReplicatedStrategy(DDPStrategy):
     @override
     def optimizer_step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
         """Run the optimizer; where replicas synchronise in periods, at the end of one do so."""
-        output = super().optimizer_step(optimizer, *args, **kwargs)
+        with nullcontext() if self._overlap is None else self._overlap.deferred(optimizer):
+            output = super().optimizer_step(optimizer, *args, **kwargs)
         if self._local is not None:
             self._local.after_step(optimizer)
         return output
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward pass, where it may have to wait for the weights of the step before."""
+        if self._overlap is None:
+            return super().training_step(*args, **kwargs)
+        # nccl asks that operations of several groups begin in the same order on all ranks.
+        model = self.model
+        waits = self.root_device.type == "cuda" and getattr(model, "will_sync_module_buffers", bool)()
+        with self._overlap.training_step(waits_first=waits):
+            return super().training_step(*args, **kwargs)
+
+    @property
+    def waits_in_forward(self) -> bool:
+        """Whether what the exchange adds to a step is a part of its forward pass, not of the backward pass."""
+        return self._overlap is not None
+
+    def _end_overlap(self) -> None:
+        if self._overlap is not None:
+            self._overlap.detach()
+            assert self.lightning_module is not None
+            callbacks = self.lightning_module.trainer.callbacks  # type: ignore[attr-defined]
+            if self._synchronization in callbacks:
+                callbacks.remove(self._synchronization)
+        self._overlap = self._synchronization = None
 
     def parameter_staleness(self) -> float:
         """By how many optimizer steps what moves the weights is behind.
@@ -166,6 +198,8 @@ class ReplicatedStrategy(DDPStrategy):
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The whole state on rank 0; elsewhere of sharded optimizers nothing. For these it is collective."""
+        if self._overlap is not None:
+            self._overlap.finish()
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer._optimizer
         if not isinstance(optimizer, ShardedOptimizer):

@@ -130,6 +130,10 @@ class AttentionMonitor(pl.Callback):
         self._errors[""] = why
         rank_zero_warn(f"AttentionMonitor cannot measure here: {why}")
 
+    def reads_between_steps(self, trainer: pl.Trainer) -> bool:
+        """Never looks at weights or gradients between the backward pass and the next forward pass."""
+        return False
+
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

@@ -159,6 +159,10 @@ class CommunicationMonitor(pl.Callback):
     def _is_due(self, trainer: pl.Trainer) -> bool:
         return logs.is_due(trainer, self.every_n_steps) and ends_step(trainer)
 
+    def reads_between_steps(self, trainer: pl.Trainer) -> bool:
+        """Looks at gradients where a window ends."""
+        return self._is_due(trainer)
+
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -268,14 +272,14 @@ class CommunicationMonitor(pl.Callback):
             # One training step holds both passes; what follows it is communication.
             seconds = split_training_step({"forward": seconds.get("forward", 0.0)}, *self._measured)
         exposed, travelling = exchange.exposed_seconds, seconds.get("communication", 0.0)
-        backward = seconds.get("backward", 0.0)
+        compute = seconds.get("forward", 0.0) + seconds.get("backward", 0.0)
         if self._measured is None:
-            backward = max(backward - exposed, 0.0)  # unknown if that is
+            compute = max(compute - exposed, 0.0)  # unknown if that is
         staleness = trainer.strategy.parameter_staleness() if isinstance(trainer.strategy, HasStaleness) else 0.0
         return RankWindow(
             steps=steps,
             step_seconds=whole,
-            compute_seconds=seconds.get("forward", 0.0) + backward,
+            compute_seconds=compute,
             exposed_seconds=exposed + travelling,
             hidden_seconds=exchange.hidden_seconds,
             inter_node_bytes=exchange.inter_node_bytes,

@@ -199,6 +199,10 @@ class GradientMonitor(pl.Callback):
 
     # ---- a step
 
+    def reads_between_steps(self, trainer: pl.Trainer) -> bool:
+        """Looks at weights and gradients of the steps that are logged."""
+        return self._current is not None
+
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

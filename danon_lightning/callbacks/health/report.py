@@ -51,6 +51,10 @@ class HealthReport(pl.Callback):
         """Start to count."""
         self._course, self._reported = Course(), False
 
+    def reads_between_steps(self, trainer: pl.Trainer) -> bool:
+        """Never looks at weights or gradients between the backward pass and the next forward pass."""
+        return False
+
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

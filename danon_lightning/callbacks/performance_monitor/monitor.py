@@ -151,6 +151,10 @@ class PerformanceMonitor(pl.Callback):
     def _is_due(self, trainer: pl.Trainer) -> bool:
         return logs.is_due(trainer, self.every_n_steps) and ends_step(trainer)
 
+    def reads_between_steps(self, trainer: pl.Trainer) -> bool:
+        """Never looks at weights or gradients between the backward pass and the next forward pass."""
+        return False
+
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -191,7 +195,8 @@ class PerformanceMonitor(pl.Callback):
         samples, tokens = self._samples.take(), self._tokens.take()
         self._begin_window(trainer)
         if is_due:
-            seconds = take_out(seconds, "communication", "backward", self._exposed - exposed)
+            source = "forward" if getattr(trainer.strategy, "waits_in_forward", False) else "backward"
+            seconds = take_out(seconds, "communication", source, self._exposed - exposed)
             counts = (0.0, 0.0, 0.0) if is_left_out else (steps, samples, tokens)
             self._log(trainer, step, {} if is_left_out else seconds, counts)
 

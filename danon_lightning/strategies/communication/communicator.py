@@ -325,6 +325,37 @@ class GradientCommunicator:
             waiting.append((bucket, buffer, self._enqueue(buffer, bucket, index == 0, is_last, overlaps=overlaps)))
         return Averaging(waiting, self._stats if overlaps else None)
 
+    def send(self, buffer: Tensor, parameters: list[Tensor], *, first: bool, last: bool) -> Future[Tensor]:
+        """Begin to average a bucket in its place, which nobody else may touch until that is done.
+
+        Args:
+            buffer: The gradients, one after another.
+            parameters: Whose they are.
+            first: Whether it is the first bucket of a step, on all ranks.
+            last: Whether it is the last one.
+
+        Returns:
+            Done when the averages are there. How long it is waited for is to be told to :meth:`add_exposed`.
+        """
+        return self._enqueue(buffer, parameters, first, last, overlaps=True)
+
+    @property
+    def waiting(self) -> int:
+        """How many buckets have been submitted, but not begun."""
+        return self._queue.qsize()
+
+    def add_exposed(self, seconds: float) -> None:
+        """Count time for which a bucket of :meth:`send` was waited for."""
+        self._stats.exposed_seconds += seconds
+
+    def agree_on_maximum(self, value: int) -> int:
+        """The largest of the values of all ranks. Collective; with no bucket under way."""
+        if self._everybody is None:
+            return value
+        agreed = torch.tensor(value, device=self._device)
+        dist.all_reduce(agreed, dist.ReduceOp.MAX, group=self._everybody)
+        return int(agreed)
+
     def stats(self) -> dict[str, Any]:
         """The fields of :class:`CommunicationStats`: what this rank has done since the start."""
         exchange = self._exchange

@@ -17,8 +17,8 @@ class CommunicationStats:
         compression_ratio: Bytes that the same exchange would have sent over the compressed level dense, divided by
             those that it has sent there; 1 if it has sent nothing.
         exposed_seconds: Time from the moment when the last bucket was ready until all were averaged: what the exchange
-            has added to the steps.
-        hidden_seconds: Time for which the exchange was at work beside the backward pass.
+            has added to the steps. Where it goes on beside the next forward pass: time for which that was held up.
+        hidden_seconds: Time for which the exchange was at work beside the backward pass, and the forward pass.
         residual_norm: 2-norm of what this rank keeps for later steps, in units of the averaged gradient.
     """
 
