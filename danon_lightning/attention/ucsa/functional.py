@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from danon_lightning.attention.full import full_attention
-from danon_lightning.attention.rotary import apply_rotary, cell_positions
+from danon_lightning.attention.rotary import apply_rotary, cell_positions, rotary_tables, rotate
 from danon_lightning.attention.ucsa.arguments import check_tensors
 from danon_lightning.attention.ucsa.cells import SelectionBias, block_cells, block_errors, parent_cells
 from danon_lightning.attention.ucsa.layout import Layout
@@ -21,7 +21,7 @@ from danon_lightning.attention.ucsa.sparse import Attended, sparse_attention
 __all__ = ["UCSAStats", "ucsa_attention"]
 
 # Tokens rotated at once: few enough for what this needs on the way to stay in the cache of a processor core.
-ROTATED_AT_ONCE = 1 << 12
+ROTATED_AT_ONCE = 1 << 11
 ROTATED_AT_ONCE_ON_ACCELERATORS = 1 << 16
 
 
@@ -260,8 +260,11 @@ def _rotate(x: Tensor, rope_base: float | None, scale: float = 1.0) -> Tensor:
     count = ROTATED_AT_ONCE if x.device.type == "cpu" else ROTATED_AT_ONCE_ON_ACCELERATORS
     positions = cell_positions(0, x.shape[-2], 1, x.device).split(count)
     pieces = [
-        apply_rotary(piece * scale if scale != 1.0 else piece, where, rope_base)
-        for piece, where in zip(x.split(count, dim=-2), positions, strict=True)
+        piece if tables is None else rotate(piece, tables)
+        for piece, tables in (
+            (piece, rotary_tables(where, x.shape[-1], rope_base, x.dtype, scale=scale))
+            for piece, where in zip(x.split(count, dim=-2), positions, strict=True)
+        )
     ]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-2)
 

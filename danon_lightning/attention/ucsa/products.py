@@ -82,7 +82,16 @@ def gradients(
         shift: Product of output and gradient ``[B, P]``.
         out: Where the gradient of the query is written.
     """
-    weights = _logits(query, key, bias).sub_(lse.unsqueeze(-1)).exp_()
+    if query.dtype != lse.dtype:
+        weights = _logits(query, key, bias).sub_(lse.unsqueeze(-1)).exp_()
+    elif bias is None:
+        weights = torch.baddbmm(-lse.unsqueeze(-1), query, key.mT).exp_()
+    else:
+        weights = (bias - lse.unsqueeze(-1)).baddbmm_(query, key.mT).exp_()
+    if keep is None and grad.dtype == lse.dtype:
+        grad_value = torch.bmm(weights.mT, grad)
+        grad_logits = torch.baddbmm(-shift.unsqueeze(-1), grad, value.mT).mul_(weights)
+        return Grads(torch.bmm(grad_logits, key, out=out), torch.bmm(grad_logits.mT, query), grad_value)
     grad_weights = torch.bmm(grad, value.mT).to(weights.dtype)
     kept = weights
     if keep is not None:

@@ -1,8 +1,9 @@
 """The softmax of UCSA over all that queries may read, and its gradient.
 
-Forward and backward go over the sequence piece by piece. What a piece computes on the way is not kept: the weights of
-any set of keys follow from the log-sum-exp of all sets, so that the backward pass computes them anew, as flash
-attention does, and memory stays linear in the number of tokens.
+Forward and backward go over the sequence stretch by stretch, and over a stretch piece by piece: a piece is small enough
+for the cache of a processor core, and a stretch has enough queries for many of them to choose the same block. What is
+computed on the way is not kept: the weights of any set of keys follow from the log-sum-exp of all sets, so that the
+backward pass computes them anew, as flash attention does, and memory stays linear in the number of tokens.
 
 Reference:
     Dao et al. 2022, "FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness".
@@ -13,19 +14,25 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from danon_lightning.attention.merging import has_visible_keys
 from danon_lightning.attention.precision import without_autocast
+from danon_lightning.attention.ucsa.expanded import ExpandedBlocks
 from danon_lightning.attention.ucsa.layout import Layout
 from danon_lightning.attention.ucsa.piece import Piece
 from danon_lightning.attention.ucsa.sources import Sources
 
 __all__ = ["Attended", "sparse_attention"]
 
-# Queries worked on at once: more of them share a block, fewer need less memory.
-QUERIES_AT_ONCE = 8192
+# Queries of a piece, that choose at once: few enough for their scores to stay in the cache of a processor core.
+QUERIES_AT_ONCE = 2048
 QUERIES_AT_ONCE_ON_ACCELERATORS = 1 << 17
+# Queries of a stretch, that read blocks at once: more of them share a block, fewer need less memory.
+READERS_AT_ONCE = 1 << 15
+READERS_AT_ONCE_ON_ACCELERATORS = 1 << 17
 
 
 @dataclass
@@ -63,20 +70,64 @@ class _Job:
         """Return the sources with distinct tensors put in."""
         return self.sources.with_differentiable([tensors[i] for i in self.index])
 
-    def cut(self, query: Tensor) -> Iterator[tuple[slice, slice]]:
-        """Yield rows and tokens ``[N, R, n, d]`` of all pieces; none holds both sinks and other tokens."""
-        rows, repeats, length, _ = query.shape
-        budget = QUERIES_AT_ONCE if query.device.type == "cpu" else QUERIES_AT_ONCE_ON_ACCELERATORS
-        size, sinks = self.layout.block_size, max(0, min(self.layout.num_sinks - self.start, length))
-        rows_at_once = max(1, budget // (repeats * length))
-        tokens_at_once = max(1, budget // (repeats * size)) * size
-        borders = [0, *range(tokens_at_once, sinks, tokens_at_once)]
-        # From here on pieces end where blocks do.
-        first = sinks + (tokens_at_once - (self.start + sinks - self.layout.num_sinks) % size if sinks < length else 0)
-        borders += [sinks] * (0 < sinks < length) + list(range(first, length, tokens_at_once)) + [length]
-        for row in range(0, rows, rows_at_once):
-            for start, stop in zip(borders, borders[1:], strict=False):
-                yield slice(row, row + rows_at_once), slice(start, stop)
+    def stretches(self, query: Tensor) -> Iterator["_Stretch"]:
+        """Yield all stretches of the queries ``[N, R, n, d]``."""
+        on_cpu = query.device.type == "cpu"
+        queries = QUERIES_AT_ONCE if on_cpu else QUERIES_AT_ONCE_ON_ACCELERATORS
+        readers = READERS_AT_ONCE if on_cpu else READERS_AT_ONCE_ON_ACCELERATORS
+        seed = self.seed
+        for rows, tokens in _cut(self.layout, query.shape, self.start, readers, sinks_apart=False):
+            shape = query[rows, :, tokens].shape
+            pieces = list(_cut(self.layout, shape, self.start + tokens.start, queries))
+            yield _Stretch(self, rows, tokens, pieces, seed)
+            seed += len(pieces) + 1
+
+
+def _cut(
+    layout: Layout, shape: Sequence[int], start: int, budget: int, *, sinks_apart: bool = True
+) -> Iterator[tuple[slice, slice]]:
+    """Yield rows and tokens of parts of so many queries ``[N, R, n, d]``; sinks are parts of their own, if so wished."""
+    rows, repeats, length = shape[:3]
+    size, sinks = layout.block_size, max(0, min(layout.num_sinks - start, length))
+    rows_at_once = max(1, budget // (repeats * length))
+    tokens_at_once = max(1, budget // (repeats * size)) * size
+    borders = [0, *range(tokens_at_once, sinks, tokens_at_once)]
+    # From here on parts end where blocks do.
+    first = sinks + (tokens_at_once - (start + sinks - layout.num_sinks) % size if sinks < length else 0)
+    borders += [sinks] * (sinks_apart and 0 < sinks < length) + list(range(first, length, tokens_at_once)) + [length]
+    for row in range(0, rows, rows_at_once):
+        for begin, end in zip(borders, borders[1:], strict=False):
+            yield slice(row, min(row + rows_at_once, rows)), slice(begin, end)
+
+
+@dataclass
+class _Stretch:
+    """Queries that read blocks together, and the pieces in which they choose them."""
+
+    job: _Job
+    rows: slice
+    tokens: slice
+    pieces: list[tuple[slice, slice]]
+    seed: int
+
+    def piece(self, sources: Sources, query: Tensor, index: int, chosen: list[Tensor] | None) -> Piece:
+        """Return a piece of the queries ``[N, R, m, d]`` of the stretch, and what they may read."""
+        (rows, tokens), job = self.pieces[index], self.job
+        return Piece(
+            sources.rows(rows.start, rows.stop),
+            job.layout,
+            query[rows, :, tokens],
+            job.start + self.tokens.start + tokens.start,
+            dropout_p=job.dropout_p,
+            seed=self.seed + index,
+            chosen=chosen,
+        )
+
+    def blocks(self, sources: Sources, query: Tensor, chosen: Tensor) -> ExpandedBlocks:
+        """Return what the queries read of the blocks that they chose ``[N, R, m, k]``."""
+        return ExpandedBlocks(
+            sources, query, chosen, dropout_p=self.job.dropout_p, seed=self.seed + len(self.pieces)
+        )
 
 
 class _SparseAttention(torch.autograd.Function):
@@ -84,7 +135,6 @@ class _SparseAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, job: _Job, query: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        sources = job.fill(tensors)
         precise = torch.promote_types(query.dtype, torch.float32)
         output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         lse, near_lse, cells_lse = torch.empty(3, *query.shape[:-1], dtype=precise, device=query.device)
@@ -92,54 +142,58 @@ class _SparseAttention(torch.autograd.Function):
         blocks = torch.empty(*query.shape[:-1], count, dtype=torch.int32, device=query.device)
         ctx.job, ctx.chosen = job, []
         with without_autocast(query.device):
-            for index, (rows, tokens) in enumerate(job.cut(query)):
-                piece = _piece(job, sources, query, rows, tokens, index, None)
-                found = piece.forward()
-                heads = (piece.repeats, piece.length)
-                output[rows, :, tokens] = found.output.unflatten(1, heads)
-                for total, part in ((lse, found.lse), (near_lse, found.near_lse), (cells_lse, found.cells_lse)):
-                    total[rows, :, tokens] = part.unflatten(1, heads)
-                blocks[rows, :, tokens] = -1
-                blocks[rows, :, tokens, : found.blocks.shape[-1]] = found.blocks.unflatten(1, heads).int()
-                if any(ctx.needs_input_grad):
-                    ctx.chosen.append([x.to(torch.int32) for x in found.chosen])
-        ctx.save_for_backward(query, output, lse, *tensors)
+            sources = job.fill(tensors).with_judges(job.layout.tree_factor)
+            for stretch in job.stretches(query):
+                here = stretch.rows, slice(None), stretch.tokens
+                readable, asking = sources.rows(stretch.rows.start, stretch.rows.stop), query[here]
+                exact = output[here] if output.dtype == precise else output[here].to(precise)
+                for index, (rows, tokens) in enumerate(stretch.pieces):
+                    piece = stretch.piece(readable, asking, index, None)
+                    found = piece.forward()
+                    exact[rows, :, tokens] = found.output.unflatten(1, (piece.repeats, piece.length))
+                    for total, part in (
+                        (lse, found.lse),
+                        (near_lse, found.near_lse),
+                        (cells_lse, found.cells_lse),
+                        (blocks, found.blocks),
+                    ):
+                        part = part.unflatten(1, (piece.repeats, piece.length))
+                        if total is blocks and part.shape[-1] < count:
+                            part = F.pad(part, (0, count - part.shape[-1]), value=-1)
+                        total[here][rows, :, tokens] = part
+                    if any(ctx.needs_input_grad):
+                        ctx.chosen.append([x.to(torch.int32) for x in found.chosen])
+                stretch.blocks(readable, asking, blocks[here]).merge(exact, lse[here])
+                if output.dtype != precise:
+                    output[here] = exact
+        ctx.save_for_backward(query, output, lse, blocks, *tensors)
         ctx.mark_non_differentiable(lse, near_lse, cells_lse, blocks)
         return output, lse, near_lse, cells_lse, blocks
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
-        query, output, lse, *tensors = ctx.saved_tensors
+        query, output, lse, blocks, *tensors = ctx.saved_tensors
         job: _Job = ctx.job
-        sources = job.fill(tensors)
         grads = [torch.zeros_like(x, dtype=lse.dtype) for x in tensors]
-        totals = job.fill(grads)
         grad_query = torch.empty_like(query)
+        chosen = iter(ctx.chosen)
         with without_autocast(query.device):
-            for index, (rows, tokens) in enumerate(job.cut(query)):
-                piece = _piece(job, sources, query, rows, tokens, index, ctx.chosen[index])
-                grad_query[rows, :, tokens] = piece.backward(
-                    grad[rows, :, tokens],
-                    output[rows, :, tokens],
-                    lse[rows, :, tokens],
-                    totals.rows(rows.start, rows.stop),
-                ).to(query.dtype)
+            sources, totals = job.fill(tensors), job.fill(grads)
+            for stretch in job.stretches(query):
+                here = stretch.rows, slice(None), stretch.tokens
+                readable, sums = (x.rows(stretch.rows.start, stretch.rows.stop) for x in (sources, totals))
+                asking, upstream, known = query[here], grad[here], lse[here]
+                shift = torch.linalg.vecdot(upstream.to(known.dtype), output[here].to(known.dtype))
+                # Queries that see nothing give all weights the value exp(-inf).
+                known = known.masked_fill(~has_visible_keys(known), float("inf"))
+                total = stretch.blocks(readable, asking, blocks[here]).backward(upstream, known, shift, sums)
+                for index, (rows, tokens) in enumerate(stretch.pieces):
+                    part = rows, slice(None), tokens
+                    piece = stretch.piece(readable, asking, index, next(chosen))
+                    found = piece.backward(upstream[part], known[part], shift[part], sums.rows(rows.start, rows.stop))
+                    grad_query[here][part] = found if total is None else total[part].add_(found)
         return None, grad_query, *(x.to(tensor.dtype) for x, tensor in zip(grads, tensors, strict=True))
-
-
-def _piece(
-    job: _Job, sources: Sources, query: Tensor, rows: slice, tokens: slice, index: int, chosen: list[Tensor] | None
-) -> Piece:
-    return Piece(
-        sources.rows(rows.start, rows.stop),
-        job.layout,
-        query[rows, :, tokens],
-        job.start + tokens.start,
-        dropout_p=job.dropout_p,
-        seed=job.seed + index,
-        chosen=chosen,
-    )
 
 
 @torch.compiler.disable
