@@ -7,7 +7,7 @@ from torch import Tensor
 
 from danon_lightning.attention.dropout import dropout_factors
 from danon_lightning.attention.merging import MASKED
-from danon_lightning.attention.ucsa.gathered import attend_gathered, gradients_of_gathered
+from danon_lightning.attention.ucsa.gathered import Scratch, attend_gathered, gradients_of_gathered
 from danon_lightning.attention.ucsa.sources import Sources
 from danon_lightning.attention.ucsa.tiles import Tiles
 
@@ -47,18 +47,18 @@ class ExpandedBlocks:
         tiles = Tiles.of(slots, groups)
         self.tiles = tiles if len(tiles.group) > 0 else None
 
-    def merge(self, output: Tensor, lse: Tensor) -> None:
+    def merge(self, output: Tensor, lse: Tensor, scratch: Scratch) -> None:
         """Merge what the queries read here with what they have read elsewhere, in place.
 
         Args:
             output: ``[N, R, m, d]``, float32 or float64, zero for queries that have seen nothing.
             lse: Its log-sum-exp ``[N, R, m]``.
+            scratch: Memory for what has been read.
         """
         if self.tiles is None:
             return
         bias = partial(_padding_bias, self.sources, lse.dtype)
-        keys, values = self.sources.block_keys, self.sources.block_values
-        outputs, lses = attend_gathered(self.tiles, self.query, keys, values, bias, self._keep)
+        outputs, lses = attend_gathered(self.tiles, self.query, *self._blocks(), bias, self._keep, scratch)
         total = torch.logsumexp(torch.cat([lse.flatten(1, 2).unsqueeze(-1), lses], dim=-1), dim=-1)
         weights = (lses - total.unsqueeze(-1)).exp_().masked_fill_(~self.tiles.present, 0.0)
         others = (lse - total.unflatten(1, self.heads)).exp_().unsqueeze(-1)
@@ -71,7 +71,9 @@ class ExpandedBlocks:
             read = self.tiles.sum_places(outputs, places[:, :, here], weights[:, :, here])
             output[:, :, here].mul_(others[:, :, here]).add_(read)
 
-    def backward(self, grad: Tensor, lse: Tensor, shift: Tensor, totals: Sources) -> Tensor | None:
+    def backward(
+        self, grad: Tensor, lse: Tensor, shift: Tensor, totals: Sources, scratch: Scratch
+    ) -> Tensor | None:
         """Add up gradients of keys and values.
 
         Args:
@@ -79,6 +81,7 @@ class ExpandedBlocks:
             lse: That of all logits ``[N, R, m]``, infinite where there is nothing to differentiate.
             shift: Product of output and gradient ``[N, R, m]``.
             totals: Where the gradients of the sources are added up.
+            scratch: Memory for what is computed on the way.
 
         Returns:
             The gradient of the query ``[N, R, m, d]``; nothing if nothing was chosen.
@@ -88,13 +91,18 @@ class ExpandedBlocks:
         found = gradients_of_gathered(
             self.tiles,
             self.query,
-            (self.sources.block_keys, self.sources.block_values),
+            self._blocks(),
             partial(_padding_bias, self.sources, lse.dtype),
             self._keep,
             (grad.flatten(1, 2).contiguous(), lse.flatten(1, 2), shift.flatten(1, 2)),
             (totals.block_keys, totals.block_values),
+            scratch,
         )
         return found.unflatten(1, self.heads)
+
+    def _blocks(self) -> tuple[Tensor, Tensor]:
+        """Return keys and values of all blocks; contiguous, so that some can be taken without copying everything."""
+        return self.sources.block_keys.contiguous(), self.sources.block_values.contiguous()
 
 
 def _padding_bias(sources: Sources, dtype: torch.dtype, tiles: Tiles) -> Tensor | None:

@@ -233,8 +233,7 @@ def _make_sources(
     for level in range(1, layout.tree_levels):
         cells.append(parent_cells(cells[-1], first=0, level=level, layout=layout, rope_base=rope_base))
     multiples = [layout.tree_factor] * (layout.tree_levels - 1) + [1]
-    # Contiguous, so that blocks of all rows can be taken without copying everything.
-    trunk = [x.flatten(0, 1).unflatten(1, (blocks, layout.block_size)).contiguous() for x in (trunk_keys, trunk_values)]
+    trunk = [x.flatten(0, 1).unflatten(1, (blocks, layout.block_size)) for x in (trunk_keys, trunk_values)]
     return Sources(
         rotated[:, :, :sinks].flatten(0, 1),
         v[:, :, :sinks].flatten(0, 1),

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from danon_lightning.attention.merging import has_visible_keys
 from danon_lightning.attention.precision import without_autocast
 from danon_lightning.attention.ucsa.expanded import ExpandedBlocks
+from danon_lightning.attention.ucsa.gathered import Scratch
 from danon_lightning.attention.ucsa.layout import Layout
 from danon_lightning.attention.ucsa.piece import Piece
 from danon_lightning.attention.ucsa.sources import Sources
@@ -31,7 +32,7 @@ __all__ = ["Attended", "sparse_attention"]
 QUERIES_AT_ONCE = 2048
 QUERIES_AT_ONCE_ON_ACCELERATORS = 1 << 17
 # Queries of a stretch, that read blocks at once: more of them share a block, fewer need less memory.
-READERS_AT_ONCE = 1 << 15
+READERS_AT_ONCE = 1 << 14
 READERS_AT_ONCE_ON_ACCELERATORS = 1 << 17
 
 
@@ -140,7 +141,7 @@ class _SparseAttention(torch.autograd.Function):
         lse, near_lse, cells_lse = torch.empty(3, *query.shape[:-1], dtype=precise, device=query.device)
         count = job.layout.num_selected
         blocks = torch.empty(*query.shape[:-1], count, dtype=torch.int32, device=query.device)
-        ctx.job, ctx.chosen = job, []
+        ctx.job, ctx.chosen, scratch = job, [], Scratch()
         with without_autocast(query.device):
             sources = job.fill(tensors).with_judges(job.layout.tree_factor)
             for stretch in job.stretches(query):
@@ -163,7 +164,7 @@ class _SparseAttention(torch.autograd.Function):
                         total[here][rows, :, tokens] = part
                     if any(ctx.needs_input_grad):
                         ctx.chosen.append([x.to(torch.int32) for x in found.chosen])
-                stretch.blocks(readable, asking, blocks[here]).merge(exact, lse[here])
+                stretch.blocks(readable, asking, blocks[here]).merge(exact, lse[here], scratch)
                 if output.dtype != precise:
                     output[here] = exact
         ctx.save_for_backward(query, output, lse, blocks, *tensors)
@@ -177,7 +178,7 @@ class _SparseAttention(torch.autograd.Function):
         job: _Job = ctx.job
         grads = [torch.zeros_like(x, dtype=lse.dtype) for x in tensors]
         grad_query = torch.empty_like(query)
-        chosen = iter(ctx.chosen)
+        chosen, scratch = iter(ctx.chosen), Scratch()
         with without_autocast(query.device):
             sources, totals = job.fill(tensors), job.fill(grads)
             for stretch in job.stretches(query):
@@ -187,7 +188,8 @@ class _SparseAttention(torch.autograd.Function):
                 shift = torch.linalg.vecdot(upstream.to(known.dtype), output[here].to(known.dtype))
                 # Queries that see nothing give all weights the value exp(-inf).
                 known = known.masked_fill(~has_visible_keys(known), float("inf"))
-                total = stretch.blocks(readable, asking, blocks[here]).backward(upstream, known, shift, sums)
+                expanded = stretch.blocks(readable, asking, blocks[here])
+                total = expanded.backward(upstream, known, shift, sums, scratch)
                 for index, (rows, tokens) in enumerate(stretch.pieces):
                     part = rows, slice(None), tokens
                     piece = stretch.piece(readable, asking, index, next(chosen))
