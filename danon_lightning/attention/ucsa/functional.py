@@ -184,7 +184,7 @@ def ucsa_attention(
     sources = _make_sources(
         k.to(q.dtype), v.to(q.dtype), layout, rope_base, key_padding_mask, error_tolerance, selection_bias
     )
-    attended = sparse_attention(query, sources, layout, dropout_p=dropout_p)
+    attended = sparse_attention(query, sources, layout, dropout_p=dropout_p, shares=return_stats)
     output = attended.output.unflatten(0, (batch, groups)).flatten(1, 2).to(v.dtype)
     if not return_stats:
         return output
@@ -206,9 +206,12 @@ def _make_sources(
     sinks, blocks = min(layout.num_sinks, length), layout.num_blocks(length)
     missing = blocks * layout.block_size - (length - sinks)
     rotated = _rotate(k, rope_base)
-    keys, trunk_keys, trunk_values = (
-        F.pad(x[:, :, sinks:], (0, 0, 0, missing)) if missing else x[:, :, sinks:] for x in (k, rotated, v)
+    # Split, so that gradients of both parts are put together in one pass.
+    (_, keys), (sink_keys, trunk_keys), (sink_values, trunk_values) = (
+        x.split([sinks, length - sinks], dim=-2) for x in (k, rotated, v)
     )
+    if missing:
+        keys, trunk_keys, trunk_values = (F.pad(x, (0, 0, 0, missing)) for x in (keys, trunk_keys, trunk_values))
     real = sink_hidden = hidden = None
     if key_padding_mask is not None or (missing and not layout.causal):
         # A causal query never comes to see what fills up the last block.
@@ -235,8 +238,8 @@ def _make_sources(
     multiples = [layout.tree_factor] * (layout.tree_levels - 1) + [1]
     trunk = [x.flatten(0, 1).unflatten(1, (blocks, layout.block_size)) for x in (trunk_keys, trunk_values)]
     return Sources(
-        rotated[:, :, :sinks].flatten(0, 1),
-        v[:, :, :sinks].flatten(0, 1),
+        sink_keys.flatten(0, 1),
+        sink_values.flatten(0, 1),
         sink_hidden,
         trunk[0],
         trunk[1],

@@ -33,16 +33,16 @@ class Found(NamedTuple):
     Attributes:
         output: ``[N, M, d]``, float32 or float64.
         lse: Log-sum-exp of these logits ``[N, M]``.
-        near_lse: That of the sinks and the window alone.
-        cells_lse: That of the cells alone.
+        near_lses: Those of the sinks and of the window, each alone.
+        cells_lses: Those of the cells of each level.
         chosen: At each level from the top on, the candidates that were expanded ``[N, M, k]``, -1 for none.
         blocks: The blocks to be read token by token ``[N, M, k]``, -1 for none.
     """
 
     output: Tensor
     lse: Tensor
-    near_lse: Tensor
-    cells_lse: Tensor
+    near_lses: list[Tensor]
+    cells_lses: list[Tensor]
     chosen: list[Tensor]
     blocks: Tensor
 
@@ -120,11 +120,7 @@ class Piece:
             parts[keys.kind].append(part)
         output, lse = merge_parts([part for kind in parts.values() for part in kind])
         output = output.masked_fill(~has_visible_keys(lse).unsqueeze(-1), 0.0)
-        nothing = torch.full_like(lse, MASKED)
-        near, cells = (
-            torch.logsumexp(torch.stack([nothing, *(part.lse for part in parts[kind])]), dim=0)
-            for kind in ("near", "cells")
-        )
+        near, cells = ([part.lse for part in parts[kind]] for kind in ("near", "cells"))
         return Found(output, lse, near, cells, self.chosen, self.blocks)
 
     def backward(self, grad: Tensor, lse: Tensor, shift: Tensor, totals: Sources) -> Tensor:
@@ -286,15 +282,17 @@ class Piece:
 
     def _judge_children(self, tiles: Tiles, cells: Level) -> Tensor:
         """Return bounds of all children in tiles, and behind them their logits as summaries ``[N, M, s, 2r]``."""
-        assert cells.judges is not None and cells.offsets is not None
+        assert cells.judges is not None
         places = self.query.new_empty(*tiles.query.shape, cells.judges.shape[2], dtype=self.precise)
-        for some, place in tiles.split(cells.judges.shape[2], places):
-            query, judges = bound_query(some.take_queries(self.query)), some.take_groups(cells.judges).mT
-            offsets = some.take_groups(cells.offsets).unsqueeze(1)
+        query, factor = bound_query(self.query), self.layout.tree_factor
+        masses = cells.log_mass.unflatten(1, (-1, factor))
+        for some, place in tiles.split(2 * factor, places):
+            asking, judges = some.take_queries(query), some.take_groups(cells.judges).mT
             if query.dtype == self.precise:
-                torch.baddbmm(offsets, query, judges, out=place)
+                torch.bmm(asking, judges, out=place)
             else:
-                torch.add(torch.bmm(query, judges), offsets, out=place)
+                place.copy_(torch.bmm(asking, judges))
+            place[..., factor:] += some.take_groups(masses).unsqueeze(1)
         return tiles.to_pairs(places)
 
     def _read_children(self, logits: Tensor, children: Tensor, cells: Level) -> AttentionPart:
@@ -302,9 +300,10 @@ class Piece:
         weights = torch.softmax(logits, dim=-1)
         # As in ``attend``.
         lse = logits.amax(dim=-1) - weights.amax(dim=-1).log()
-        first = torch.arange(self.rows, device=self.device).view(-1, 1, 1) * cells.values.shape[1]
+        if self.rows > 1:
+            children = children + torch.arange(self.rows, device=self.device).view(-1, 1, 1) * cells.values.shape[1]
         output = F.embedding_bag(
-            (children + first).flatten(0, 1),
+            children.flatten(0, 1),
             _precise(cells.values).flatten(0, 1),
             mode="sum",
             per_sample_weights=weights.flatten(0, 1),

@@ -26,7 +26,6 @@ class Level(NamedTuple):
         expandable: Which cells may be expanded ``[N, c]``, boolean; ``None`` if all that are visible may.
         judges: Below the top, what the bound queries of all that chose the parent are multiplied with: bounds of its
             children, then keys, twice side by side ``[N, c / r, 2r, 2d]``; see ``with_judges``.
-        offsets: What is added to these products: nothing, and masses ``[N, c / r, 2r]``.
     """
 
     keys: Tensor
@@ -36,14 +35,12 @@ class Level(NamedTuple):
     bias: Tensor | None
     expandable: Tensor | None
     judges: Tensor | None = None
-    offsets: Tensor | None = None
 
     def with_judges(self, factor: int) -> "Level":
         """Return the level with ``judges``: bounds and logits of the children of a cell in one product."""
         keys = torch.cat([self.keys, self.keys], dim=-1)
         judges = torch.cat([x.unflatten(1, (-1, factor)) for x in (self.bounds, keys)], dim=2)
-        masses = self.log_mass.unflatten(1, (-1, factor))
-        return self._replace(judges=judges, offsets=torch.cat([torch.zeros_like(masses), masses], dim=2))
+        return self._replace(judges=judges)
 
 
 class Sources(NamedTuple):

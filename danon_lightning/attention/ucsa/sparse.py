@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from danon_lightning.attention.merging import has_visible_keys
+from danon_lightning.attention.merging import MASKED, has_visible_keys
 from danon_lightning.attention.precision import without_autocast
 from danon_lightning.attention.ucsa.expanded import ExpandedBlocks
 from danon_lightning.attention.ucsa.gathered import Scratch
@@ -28,8 +28,9 @@ from danon_lightning.attention.ucsa.sources import Sources
 
 __all__ = ["Attended", "sparse_attention"]
 
-# Queries of a piece, that choose at once: few enough for their scores to stay in the cache of a processor core.
-QUERIES_AT_ONCE = 2048
+# Queries of a piece, that choose at once, and scores of theirs: few enough to stay in the cache of a processor core.
+QUERIES_AT_ONCE = 4096
+SCORES_AT_ONCE = 1 << 20
 QUERIES_AT_ONCE_ON_ACCELERATORS = 1 << 17
 # Queries of a stretch, that read blocks at once: more of them share a block, fewer need less memory.
 READERS_AT_ONCE = 1 << 14
@@ -43,8 +44,8 @@ class Attended:
     Attributes:
         output: ``[N, R, n, d]``, zero for queries that see nothing.
         lse: Log-sum-exp of all logits ``[N, R, n]``.
-        near_lse: That of the sinks and the window alone.
-        cells_lse: That of the cells alone.
+        near_lse: That of the sinks and the window alone, if asked for.
+        cells_lse: That of the cells alone, if asked for.
         blocks: The blocks read token by token ``[N, R, n, k]``, -1 where there are fewer.
     """
 
@@ -64,6 +65,8 @@ class _Job:
     start: int
     dropout_p: float
     seed: int
+    # Whether to tell apart what is near, cells and blocks.
+    shares: bool
     # Which of the distinct tensors each of the sources is: windows and blocks may be the same.
     index: list[int]
 
@@ -74,7 +77,9 @@ class _Job:
     def stretches(self, query: Tensor) -> Iterator["_Stretch"]:
         """Yield all stretches of the queries ``[N, R, n, d]``."""
         on_cpu = query.device.type == "cpu"
-        queries = QUERIES_AT_ONCE if on_cpu else QUERIES_AT_ONCE_ON_ACCELERATORS
+        queries = QUERIES_AT_ONCE_ON_ACCELERATORS
+        if on_cpu:
+            queries = min(QUERIES_AT_ONCE, SCORES_AT_ONCE // max(1, self.sources.levels[-1].keys.shape[1]))
         readers = READERS_AT_ONCE if on_cpu else READERS_AT_ONCE_ON_ACCELERATORS
         seed = self.seed
         for rows, tokens in _cut(self.layout, query.shape, self.start, readers, sinks_apart=False):
@@ -138,7 +143,8 @@ class _SparseAttention(torch.autograd.Function):
     def forward(ctx: Any, job: _Job, query: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         precise = torch.promote_types(query.dtype, torch.float32)
         output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        lse, near_lse, cells_lse = torch.empty(3, *query.shape[:-1], dtype=precise, device=query.device)
+        lse = torch.empty(query.shape[:-1], dtype=precise, device=query.device)
+        near_lse, cells_lse = (torch.empty_like(lse) if job.shares else lse.new_empty(0) for _ in range(2))
         count = job.layout.num_selected
         blocks = torch.empty(*query.shape[:-1], count, dtype=torch.int32, device=query.device)
         ctx.job, ctx.chosen, scratch = job, [], Scratch()
@@ -152,16 +158,13 @@ class _SparseAttention(torch.autograd.Function):
                     piece = stretch.piece(readable, asking, index, None)
                     found = piece.forward()
                     exact[rows, :, tokens] = found.output.unflatten(1, (piece.repeats, piece.length))
-                    for total, part in (
-                        (lse, found.lse),
-                        (near_lse, found.near_lse),
-                        (cells_lse, found.cells_lse),
-                        (blocks, found.blocks),
-                    ):
-                        part = part.unflatten(1, (piece.repeats, piece.length))
-                        if total is blocks and part.shape[-1] < count:
-                            part = F.pad(part, (0, count - part.shape[-1]), value=-1)
-                        total[here][rows, :, tokens] = part
+                    found_blocks = F.pad(found.blocks, (0, count - found.blocks.shape[-1]), value=-1)
+                    parts = [(lse, found.lse), (blocks, found_blocks)]
+                    if job.shares:
+                        parts += [(near_lse, _joined(found.near_lses, found.lse))]
+                        parts += [(cells_lse, _joined(found.cells_lses, found.lse))]
+                    for total, part in parts:
+                        total[here][rows, :, tokens] = part.unflatten(1, (piece.repeats, piece.length))
                     if any(ctx.needs_input_grad):
                         ctx.chosen.append([x.to(torch.int32) for x in found.chosen])
                 stretch.blocks(readable, asking, blocks[here]).merge(exact, lse[here], scratch)
@@ -198,9 +201,20 @@ class _SparseAttention(torch.autograd.Function):
         return None, grad_query, *(x.to(tensor.dtype) for x, tensor in zip(grads, tensors, strict=True))
 
 
+def _joined(lses: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Return the log-sum-exp of several."""
+    return torch.logsumexp(torch.stack([torch.full_like(like, MASKED), *lses]), dim=0)
+
+
 @torch.compiler.disable
 def sparse_attention(
-    query: Tensor, sources: Sources, layout: Layout, *, start: int = 0, dropout_p: float = 0.0
+    query: Tensor,
+    sources: Sources,
+    layout: Layout,
+    *,
+    start: int = 0,
+    dropout_p: float = 0.0,
+    shares: bool = False,
 ) -> Attended:
     """Attend to sources.
 
@@ -210,6 +224,7 @@ def sparse_attention(
         layout: Who sees what.
         start: Position of the first query.
         dropout_p: Probability of dropping an attention weight.
+        shares: Whether ``near_lse`` and ``cells_lse`` are asked for.
     """
     seed = int(torch.randint(1 << 62, ())) if dropout_p > 0.0 else 0
     every = sources.differentiable()
@@ -220,5 +235,5 @@ def sparse_attention(
         index.append(same[0] if same else len(tensors))
         tensors += [] if same else [tensor]
     # What the passes share must not hold the graph.
-    job = _Job(sources.with_differentiable([x.detach() for x in every]), layout, start, dropout_p, seed, index)
+    job = _Job(sources.with_differentiable([x.detach() for x in every]), layout, start, dropout_p, seed, shares, index)
     return Attended(*_SparseAttention.apply(job, query, *tensors))
