@@ -71,9 +71,7 @@ class ExpandedBlocks:
             read = self.tiles.sum_places(outputs, places[:, :, here], weights[:, :, here])
             output[:, :, here].mul_(others[:, :, here]).add_(read)
 
-    def backward(
-        self, grad: Tensor, lse: Tensor, shift: Tensor, totals: Sources, scratch: Scratch
-    ) -> Tensor | None:
+    def backward(self, grad: Tensor, lse: Tensor, shift: Tensor, totals: Sources, scratch: Scratch) -> Tensor | None:
         """Add up gradients of keys and values.
 
         Args:

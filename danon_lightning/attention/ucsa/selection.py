@@ -56,7 +56,7 @@ def _top(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """
     candidates = scores.shape[-1]
     groups = candidates // GROUP_SIZE
-    if scores.device.type != "cpu" or groups < 4 * count:
+    if scores.device.type != "cpu" or groups < 3 * count:
         return tuple(scores.topk(count, dim=-1))
     grouped = scores[..., : groups * GROUP_SIZE].unflatten(-1, (GROUP_SIZE, groups))
     best = grouped.amax(dim=-2).topk(count, dim=-1, sorted=False).indices

@@ -92,7 +92,7 @@ class _Job:
 def _cut(
     layout: Layout, shape: Sequence[int], start: int, budget: int, *, sinks_apart: bool = True
 ) -> Iterator[tuple[slice, slice]]:
-    """Yield rows and tokens of parts of so many queries ``[N, R, n, d]``; sinks are parts of their own, if so wished."""
+    """Yield rows and tokens of parts of so many queries ``[N, R, n, d]``, sinks in parts of their own if so wished."""
     rows, repeats, length = shape[:3]
     size, sinks = layout.block_size, max(0, min(layout.num_sinks - start, length))
     rows_at_once = max(1, budget // (repeats * length))
@@ -131,9 +131,7 @@ class _Stretch:
 
     def blocks(self, sources: Sources, query: Tensor, chosen: Tensor) -> ExpandedBlocks:
         """Return what the queries read of the blocks that they chose ``[N, R, m, k]``."""
-        return ExpandedBlocks(
-            sources, query, chosen, dropout_p=self.job.dropout_p, seed=self.seed + len(self.pieces)
-        )
+        return ExpandedBlocks(sources, query, chosen, dropout_p=self.job.dropout_p, seed=self.seed + len(self.pieces))
 
 
 class _SparseAttention(torch.autograd.Function):
