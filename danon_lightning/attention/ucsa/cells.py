@@ -121,10 +121,10 @@ def block_cells(
     """
     size = layout.block_size
     if real is None:
-        means = (x.unflatten(-2, (-1, size)).mean(dim=-2) for x in (keys, values))
+        mean_keys, mean_values = (x.unflatten(-2, (-1, size)).mean(dim=-2) for x in (keys, values))
         precise = torch.promote_types(keys.dtype, torch.float32)
         masses = torch.full((1, keys.shape[-2] // size), math.log(size), dtype=precise, device=keys.device)
-        summaries = Summaries(*means, masses)
+        summaries = Summaries(mean_keys, mean_values, masses)
     else:
         summaries = pool_cells(token_cells(keys, values, real), size)
     tokens = rotated.detach().unflatten(-2, (-1, size))

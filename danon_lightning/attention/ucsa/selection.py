@@ -57,7 +57,8 @@ def _top(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     candidates = scores.shape[-1]
     groups = candidates // GROUP_SIZE
     if scores.device.type != "cpu" or groups < 3 * count:
-        return tuple(scores.topk(count, dim=-1))
+        values, chosen = scores.topk(count, dim=-1)
+        return values, chosen
     grouped = scores[..., : groups * GROUP_SIZE].unflatten(-1, (GROUP_SIZE, groups))
     best = grouped.amax(dim=-2).topk(count, dim=-1, sorted=False).indices
     members = torch.arange(GROUP_SIZE, device=scores.device).unsqueeze(-1) * groups + best.unsqueeze(-2)
