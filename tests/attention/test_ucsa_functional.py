@@ -15,7 +15,9 @@ from danon_lightning.attention.functional import (
     ucsa_attention,
     ucsa_attention_reference,
 )
+from danon_lightning.attention.merging import MASKED
 from danon_lightning.attention.rotary import apply_rotary, cell_positions
+from danon_lightning.attention.ucsa.selection import best_cells
 
 sys.path.insert(0, str(Path(__file__).parent))
 from agreement import assert_same, make_mask  # noqa: E402
@@ -365,3 +367,37 @@ def test_cuda_equals_cpu():
     there = {name: tensor.cuda() for name, tensor in tensors.items()}
     ours = ucsa_attention(**there, **SIZES, tree_levels=2, key_padding_mask=mask.cuda())
     torch.testing.assert_close(ours.cpu(), expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("candidates", [216, 220, 333])
+def test_of_many_candidates_the_best_are_found_by_groups(candidates):
+    torch.manual_seed(0)
+    scores = torch.randn(2, 50, candidates)
+    scores[:, :7] = scores[:, :7].round(decimals=1)  # Ties, at the border too.
+    scores[:, 7:9, 5:] = MASKED
+    chosen = best_cells(scores, lambda: torch.arange(candidates), 8)
+    # Of equal ones the later.
+    order = scores.flip(-1).sort(dim=-1, descending=True, stable=True)
+    expected = (candidates - 1 - order.indices[..., :8]).masked_fill(order.values[..., :8] < MASKED / 2, -1)
+    assert torch.equal(chosen.sort(dim=-1).values, expected.sort(dim=-1).values)
+
+
+@pytest.mark.parametrize("readers", [8, 40])
+def test_blocks_are_read_for_any_number_of_queries_at_once(readers, monkeypatch):
+    torch.manual_seed(0)
+    tensors, mask = make_qkv(61), make_mask("ragged", 61)
+    settings = {**SIZES, "tree_levels": 2, "key_padding_mask": mask}
+    expected = ucsa_attention_reference(**tensors, **settings)
+    monkeypatch.setattr("danon_lightning.attention.ucsa.sparse.READERS_AT_ONCE", readers)
+    monkeypatch.setattr("danon_lightning.attention.ucsa.sparse.QUERIES_AT_ONCE", 16)
+    monkeypatch.setattr("danon_lightning.attention.ucsa.expanded.MERGED_AT_ONCE", 24)
+    monkeypatch.setattr("danon_lightning.attention.ucsa.rotation.ROTATED_AT_ONCE", 13)
+    assert_same(tensors, sparse(**tensors, **settings), expected)
+
+
+def test_groups_of_the_selection_change_nothing(monkeypatch):
+    torch.manual_seed(0)
+    tensors = make_qkv(121)
+    settings = {**SIZES, "num_sinks": 0}
+    monkeypatch.setattr("danon_lightning.attention.ucsa.selection.GROUP_SIZE", 3)
+    assert_same(tensors, sparse(**tensors, **settings), ucsa_attention_reference(**tensors, **settings))

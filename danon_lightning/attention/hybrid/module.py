@@ -207,17 +207,18 @@ class SuperHybridAttention(AttentionCore):
         state: State | None = None,
     ) -> tuple[Tensor, State | None]:
         """Attend; see ``AttentionCore.forward``."""
-        outputs, new_state = [], {}
-        for name, component in self.components.items():
-            component_state = None if state is None else state[name]
-            output, new_state[name] = component(x, q, k, v, key_padding_mask=key_padding_mask, state=component_state)
-            outputs.append(output)
         weights = self._weights(x)
         self._observe("component_weights", lambda: weights)
-        mixed = sum(
-            output * weight.to(output.dtype).unsqueeze(-1)
-            for output, weight in zip(outputs, weights.unbind(1), strict=True)
-        )
+        mixed: Tensor | None = None
+        new_state: State = {}
+        for (name, component), weight in zip(self.components.items(), weights.unbind(1), strict=True):
+            component_state = None if state is None else state[name]
+            output, new_state[name] = component(x, q, k, v, key_padding_mask=key_padding_mask, state=component_state)
+            if self.gate is not None:
+                output = output * weight.to(output.dtype).unsqueeze(-1)
+            # One output at a time, and one sum for all of them.
+            mixed = output if mixed is None else mixed.add_(output)
+        assert mixed is not None
         return mixed, None if state is None else new_state
 
     def _statistics(

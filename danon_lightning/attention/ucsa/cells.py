@@ -8,6 +8,7 @@ Reference:
     Tang et al. 2024, "Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference", ICML 2024.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
@@ -119,7 +120,13 @@ def block_cells(
         selection_bias: ``[b, G or H, m]``, or a function that makes it of the errors ``[b, G, m]``.
     """
     size = layout.block_size
-    summaries = pool_cells(token_cells(keys, values, real), size)
+    if real is None:
+        mean_keys, mean_values = (x.unflatten(-2, (-1, size)).mean(dim=-2) for x in (keys, values))
+        precise = torch.promote_types(keys.dtype, torch.float32)
+        masses = torch.full((1, keys.shape[-2] // size), math.log(size), dtype=precise, device=keys.device)
+        summaries = Summaries(mean_keys, mean_values, masses)
+    else:
+        summaries = pool_cells(token_cells(keys, values, real), size)
     tokens = rotated.detach().unflatten(-2, (-1, size))
     if real is None:
         upper, lower = tokens.amax(dim=-2), tokens.amin(dim=-2)

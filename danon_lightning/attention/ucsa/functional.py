@@ -15,14 +15,11 @@ from danon_lightning.attention.rotary import apply_rotary, cell_positions
 from danon_lightning.attention.ucsa.arguments import check_tensors
 from danon_lightning.attention.ucsa.cells import SelectionBias, block_cells, block_errors, parent_cells
 from danon_lightning.attention.ucsa.layout import Layout
+from danon_lightning.attention.ucsa.rotation import rotate_sequence
 from danon_lightning.attention.ucsa.sources import Sources, level_of
 from danon_lightning.attention.ucsa.sparse import Attended, sparse_attention
 
 __all__ = ["UCSAStats", "ucsa_attention"]
-
-# Tokens rotated at once: few enough for what this needs on the way to stay in the cache of a processor core.
-ROTATED_AT_ONCE = 1 << 12
-ROTATED_AT_ONCE_ON_ACCELERATORS = 1 << 16
 
 
 class UCSAStats(NamedTuple):
@@ -178,13 +175,13 @@ def ucsa_attention(
     if q.is_meta:
         # How much work there is depends on the values.
         return _without_values(q, v, layout, return_stats)
-    batch, heads, _, width = q.shape
-    groups = k.shape[1]
-    query = _rotate(q, rope_base, width**-0.5).unflatten(1, (groups, -1)).flatten(0, 1)
+    batch, groups, k = q.shape[0], k.shape[1], k.to(q.dtype)
+    query, rotated = rotate_sequence(q, k, rope_base)
+    query = query.unflatten(1, (groups, -1)).flatten(0, 1)
     sources = _make_sources(
-        k.to(q.dtype), v.to(q.dtype), layout, rope_base, key_padding_mask, error_tolerance, selection_bias
+        k, rotated, v.to(q.dtype), layout, rope_base, key_padding_mask, error_tolerance, selection_bias
     )
-    attended = sparse_attention(query, sources, layout, dropout_p=dropout_p)
+    attended = sparse_attention(query, sources, layout, dropout_p=dropout_p, shares=return_stats)
     output = attended.output.unflatten(0, (batch, groups)).flatten(1, 2).to(v.dtype)
     if not return_stats:
         return output
@@ -194,6 +191,7 @@ def ucsa_attention(
 
 def _make_sources(
     k: Tensor,
+    rotated: Tensor,
     v: Tensor,
     layout: Layout,
     rope_base: float | None,
@@ -205,10 +203,12 @@ def _make_sources(
     batch, groups, length, _ = k.shape
     sinks, blocks = min(layout.num_sinks, length), layout.num_blocks(length)
     missing = blocks * layout.block_size - (length - sinks)
-    rotated = _rotate(k, rope_base)
-    keys, trunk_keys, trunk_values = (
-        F.pad(x[:, :, sinks:], (0, 0, 0, missing)) if missing else x[:, :, sinks:] for x in (k, rotated, v)
+    # Split, so that gradients of both parts are put together in one pass.
+    (_, keys), (sink_keys, trunk_keys), (sink_values, trunk_values) = (
+        x.split([sinks, length - sinks], dim=-2) for x in (k, rotated, v)
     )
+    if missing:
+        keys, trunk_keys, trunk_values = (F.pad(x, (0, 0, 0, missing)) for x in (keys, trunk_keys, trunk_values))
     real = sink_hidden = hidden = None
     if key_padding_mask is not None or (missing and not layout.causal):
         # A causal query never comes to see what fills up the last block.
@@ -233,11 +233,10 @@ def _make_sources(
     for level in range(1, layout.tree_levels):
         cells.append(parent_cells(cells[-1], first=0, level=level, layout=layout, rope_base=rope_base))
     multiples = [layout.tree_factor] * (layout.tree_levels - 1) + [1]
-    # Contiguous, so that blocks of all rows can be taken without copying everything.
-    trunk = [x.flatten(0, 1).unflatten(1, (blocks, layout.block_size)).contiguous() for x in (trunk_keys, trunk_values)]
+    trunk = [x.flatten(0, 1).unflatten(1, (blocks, layout.block_size)) for x in (trunk_keys, trunk_values)]
     return Sources(
-        rotated[:, :, :sinks].flatten(0, 1),
-        v[:, :, :sinks].flatten(0, 1),
+        sink_keys.flatten(0, 1),
+        sink_values.flatten(0, 1),
         sink_hidden,
         trunk[0],
         trunk[1],
@@ -251,19 +250,6 @@ def _make_sources(
             level_of(x, groups, multiple, causal=layout.causal) for x, multiple in zip(cells, multiples, strict=True)
         ),
     )
-
-
-def _rotate(x: Tensor, rope_base: float | None, scale: float = 1.0) -> Tensor:
-    """Scale ``[b, H, n, d]`` and rotate it by the positions, piece by piece."""
-    if rope_base is None:
-        return x * scale if scale != 1.0 else x
-    count = ROTATED_AT_ONCE if x.device.type == "cpu" else ROTATED_AT_ONCE_ON_ACCELERATORS
-    positions = cell_positions(0, x.shape[-2], 1, x.device).split(count)
-    pieces = [
-        apply_rotary(piece * scale if scale != 1.0 else piece, where, rope_base)
-        for piece, where in zip(x.split(count, dim=-2), positions, strict=True)
-    ]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-2)
 
 
 def _make_stats(attended: Attended, batch: int, errors: Tensor) -> UCSAStats:

@@ -1,7 +1,9 @@
 """A piece of the sequence: its queries, what they read, and the gradients of that.
 
 Every set of keys comes down to the same batched products of queries, keys and values, ``[B, P, d]``, ``[B, w, d]`` and
-``[B, w, d]``. Sinks, the window and the top of the tree are dense; what a query has chosen is gathered in tiles.
+``[B, w, d]``. Sinks, the window and the top of the tree are dense; the children of what a query has chosen are gathered
+in tiles. A piece is small, so that what it computes on the way stays in the cache of a processor core; the blocks that
+its queries choose are read for many pieces at once.
 """
 
 from collections.abc import Callable, Iterator
@@ -9,10 +11,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from danon_lightning.attention.dropout import dropout_factors
 from danon_lightning.attention.merging import MASKED, AttentionPart, has_visible_keys, merge_parts
+from danon_lightning.attention.ucsa.gathered import attend_gathered, gradients_of_gathered
 from danon_lightning.attention.ucsa.layout import Layout
 from danon_lightning.attention.ucsa.products import attend, gradients
 from danon_lightning.attention.ucsa.selection import best_cells, bound_query
@@ -24,21 +28,21 @@ __all__ = ["Found", "Piece"]
 
 
 class Found(NamedTuple):
-    """What a piece of M = R·m queries attended to.
+    """What a piece of M = R·m queries attended to, before it reads blocks.
 
     Attributes:
         output: ``[N, M, d]``, float32 or float64.
-        lse: Log-sum-exp of all logits ``[N, M]``.
-        near_lse: That of the sinks and the window alone.
-        cells_lse: That of the cells alone.
+        lse: Log-sum-exp of these logits ``[N, M]``.
+        near_lses: Those of the sinks and of the window, each alone.
+        cells_lses: Those of the cells of each level.
         chosen: At each level from the top on, the candidates that were expanded ``[N, M, k]``, -1 for none.
-        blocks: The blocks read token by token ``[N, M, k]``, -1 for none.
+        blocks: The blocks to be read token by token ``[N, M, k]``, -1 for none.
     """
 
     output: Tensor
     lse: Tensor
-    near_lse: Tensor
-    cells_lse: Tensor
+    near_lses: list[Tensor]
+    cells_lses: list[Tensor]
     chosen: list[Tensor]
     blocks: Tensor
 
@@ -48,12 +52,13 @@ class _Set:
     """A set of keys.
 
     Args:
-        kind: Whether its keys are near, cells, or selected blocks.
+        kind: Whether its keys are near or cells.
         pick: Finds keys and values, or where their gradients are added up, ``[N, w, d]``; with tiles
             ``[N, groups, w, d]``; in windows ``[N, blocks, S, d]``.
         bias: Gives what is added to the logits, of a shape that broadcasts with ``[B, P, w]``, or nothing.
         tiles: Which groups of keys the queries chose; ``None`` if all queries read the same.
         windows: Whether queries read the window of their block.
+        part: Gives the result where there is a shorter way to it.
     """
 
     kind: str
@@ -61,6 +66,7 @@ class _Set:
     bias: Callable[[Tiles | None], Tensor | None]
     tiles: Tiles | None = None
     windows: bool = False
+    part: Callable[[], AttentionPart] | None = None
 
 
 class Piece:
@@ -105,34 +111,32 @@ class Piece:
 
     def forward(self) -> Found:
         """Choose and attend."""
-        parts: dict[str, list[AttentionPart]] = {"near": [], "cells": [], "blocks": []}
+        parts: dict[str, list[AttentionPart]] = {"near": [], "cells": []}
         for keys in self._sets():
-            parts[keys.kind].append(self._attend_tiles(keys) if keys.tiles else self._attend_dense(keys))
+            if keys.part is not None:
+                part = keys.part()
+            else:
+                part = self._attend_tiles(keys) if keys.tiles else self._attend_dense(keys)
+            parts[keys.kind].append(part)
         output, lse = merge_parts([part for kind in parts.values() for part in kind])
         output = output.masked_fill(~has_visible_keys(lse).unsqueeze(-1), 0.0)
-        nothing = torch.full_like(lse, MASKED)
-        near, cells = (
-            torch.logsumexp(torch.stack([nothing, *(part.lse for part in parts[kind])]), dim=0)
-            for kind in ("near", "cells")
-        )
+        near, cells = ([part.lse for part in parts[kind]] for kind in ("near", "cells"))
         return Found(output, lse, near, cells, self.chosen, self.blocks)
 
-    def backward(self, grad: Tensor, output: Tensor, lse: Tensor, totals: Sources) -> Tensor:
+    def backward(self, grad: Tensor, lse: Tensor, shift: Tensor, totals: Sources) -> Tensor:
         """Add up gradients.
 
         Args:
             grad: That of the output ``[N, R, m, d]``.
-            output: What ``forward`` returned, likewise.
-            lse: Likewise ``[N, R, m]``.
+            lse: That of all logits, those of blocks included ``[N, R, m]``; infinite where there is nothing to
+                differentiate.
+            shift: Product of output and gradient ``[N, R, m]``.
             totals: Where the gradients of the sources are added up.
 
         Returns:
             The gradient of the query ``[N, R, m, d]``.
         """
-        grad, output, lse = (x.flatten(1, 2).contiguous() for x in (grad, output, lse))
-        shift = (grad.to(lse.dtype) * output).sum(dim=-1)
-        # Queries that see nothing give all weights the value exp(-inf).
-        lse = lse.masked_fill(~has_visible_keys(lse), float("inf"))
+        grad, lse, shift = (x.flatten(1, 2).contiguous() for x in (grad, lse, shift))
         total = torch.zeros(self.query.shape, dtype=lse.dtype, device=self.device)
         for keys in self._sets():
             if keys.tiles:
@@ -147,6 +151,9 @@ class Piece:
         """Yield all sets of keys, choosing on the way what to expand."""
         if self.sources.sink_keys.shape[1] > 0:
             yield _Set("near", lambda x: (x.sink_keys, x.sink_values), self._sink_bias)
+        if self.layout.causal and self.start + self.length <= self.layout.num_sinks:
+            # Sinks see each other alone.
+            return
         if self.sources.window_keys.shape[1] > 0:
             yield _Set("near", self.windows.pick, lambda tiles: self.windows.bias(), windows=True)
         expanded: Tensor | None = None
@@ -160,12 +167,6 @@ class Piece:
                 yield keys
         assert expanded is not None
         self.blocks = expanded
-        if self.sources.slots is not None and expanded.shape[-1] > 0:
-            slots = self.sources.slots.gather(1, expanded.clamp(min=0).flatten(1)).view_as(expanded)
-            expanded = torch.where(expanded < 0, -1, slots)
-        tiles = self._tiles(expanded, self.sources.block_keys.shape[1])
-        if tiles is not None:
-            yield _Set("blocks", lambda x: (x.block_keys, x.block_values), self._token_bias, tiles)
 
     def _sink_bias(self, tiles: Tiles | None) -> Tensor | None:
         """Hide padding, and the future from queries that are sinks themselves."""
@@ -175,12 +176,6 @@ class Piece:
             future = sinks > self.positions.unsqueeze(-1)
             hidden = future if hidden is None else hidden | future
         return None if hidden is None else self._hide(hidden)
-
-    def _token_bias(self, tiles: Tiles | None) -> Tensor | None:
-        """Hide padding in selected blocks."""
-        if self.sources.block_hidden is None or tiles is None:
-            return None
-        return self._hide(tiles.take_groups(self.sources.block_hidden).unsqueeze(1))
 
     def _hide(self, hidden: Tensor) -> Tensor:
         """Return the bias of what is hidden."""
@@ -196,21 +191,30 @@ class Piece:
             count = min(count, seen)
         if count == 0:
             return self.blocks, None
+        # The first cells are seen by all queries: nothing needs to be hidden there.
+        common = max(0, self.windows.first_block - self.layout.window_blocks) // self.layout.tree_factor**level
+        common = min(common, count) if self.layout.causal else 0
         indices = torch.arange(count, device=self.device)
-        visible = self.layout.outside(indices, self.positions.unsqueeze(-1), level)  # [M, c]
+        visible = self.layout.outside(indices[common:], self.positions.unsqueeze(-1), level)  # [M, c - common]
 
         def score() -> Tensor:
             scores = _precise(torch.bmm(bound_query(self.query), cells.bounds[:, :count].mT))
             if cells.bias is not None:
                 scores.unflatten(1, (self.repeats, self.length)).add_(cells.bias[:, :, None, :count])
-            allowed = visible if cells.expandable is None else visible & cells.expandable[:, None, :count]
-            return scores.masked_fill_(~allowed, MASKED)
+            if cells.expandable is not None:
+                scores.masked_fill_(~cells.expandable[:, None, :count], MASKED)
+            scores[:, :, common:].masked_fill_(~visible, MASKED)
+            return scores
 
         chosen = self._choose(score, lambda: indices)
-        hidden = _mark(chosen, count).logical_or_(~visible)
 
         def bias(tiles: Tiles | None) -> Tensor:
-            return torch.where(hidden, MASKED, cells.log_mass[:, None, :count])
+            masses = cells.log_mass[:, None, :count]
+            # A column more, where those go that have chosen nothing.
+            biases = masses.new_empty(self.rows, len(self.positions), count + 1)
+            biases[:, :, :common] = masses[:, :, :common]
+            biases[:, :, common:count] = torch.where(visible, masses[:, :, common:], MASKED)
+            return biases.scatter_(-1, torch.where(chosen < 0, count, chosen), MASKED)[:, :, :count]
 
         def pick(sources: Sources) -> tuple[Tensor, Tensor]:
             return sources.levels[level].keys[:, :count], sources.levels[level].values[:, :count]
@@ -237,12 +241,11 @@ class Piece:
             indices = parents.unsqueeze(-1) * factor + torch.arange(factor, device=self.device)
             return indices.clamp_(min=0).flatten(2)
 
+        products = None if self.known is not None else self._judge_children(tiles, cells)  # [N, M, s, 2r]
+
         def score() -> Tensor:
-            query, bounds = bound_query(self.query), cells.bounds.unflatten(1, (-1, factor))
-            places = query.new_empty(*tiles.query.shape, factor)
-            for some, place in tiles.split(factor, places):
-                torch.bmm(some.take_queries(query), some.take_groups(bounds).mT, out=place)
-            scores = _precise(tiles.to_pairs(places))
+            assert products is not None
+            scores = products[..., :factor]
             allowed = visible
             if cells.bias is not None or cells.expandable is not None:
                 row = torch.arange(self.rows, device=self.device).view(-1, 1, 1, 1)
@@ -253,7 +256,7 @@ class Piece:
                 scores += cells.bias.flatten()[(row * heads + head.view(-1, 1, 1)) * cells.keys.shape[1] + index]
             if cells.expandable is not None:
                 allowed = visible & cells.expandable.flatten()[row * cells.keys.shape[1] + index]
-            return scores.masked_fill_(~allowed, MASKED).flatten(2)
+            return scores.flatten(2).masked_fill_(~allowed.flatten(2), MASKED)
 
         chosen = self._choose(score, children)
         hidden = _mark(chosen, parents.shape[-1] * factor).view_as(visible).logical_or_(~visible)
@@ -267,9 +270,45 @@ class Piece:
             here = sources.levels[level]
             return here.keys.unflatten(1, (-1, factor)), here.values.unflatten(1, (-1, factor))
 
+        def part() -> AttentionPart:
+            assert products is not None
+            logits = products[..., factor:].flatten(2).masked_fill_(hidden.flatten(2), MASKED)
+            return self._read_children(logits, children(), cells)
+
         candidates = chosen.clamp(min=0)
         expanded = parents.gather(-1, candidates // factor) * factor + candidates % factor
-        return torch.where(chosen < 0, -1, expanded), _Set("cells", pick, bias, tiles)
+        shorter = part if products is not None and self._keep is None else None
+        return torch.where(chosen < 0, -1, expanded), _Set("cells", pick, bias, tiles, part=shorter)
+
+    def _judge_children(self, tiles: Tiles, cells: Level) -> Tensor:
+        """Return bounds of all children in tiles, and behind them their logits as summaries ``[N, M, s, 2r]``."""
+        assert cells.judges is not None
+        places = self.query.new_empty(*tiles.query.shape, cells.judges.shape[2], dtype=self.precise)
+        query, factor = bound_query(self.query), self.layout.tree_factor
+        masses = cells.log_mass.unflatten(1, (-1, factor))
+        for some, place in tiles.split(2 * factor, places):
+            asking, judges = some.take_queries(query), some.take_groups(cells.judges).mT
+            if query.dtype == self.precise:
+                torch.bmm(asking, judges, out=place)
+            else:
+                place.copy_(torch.bmm(asking, judges))
+            place[..., factor:] += some.take_groups(masses).unsqueeze(1)
+        return tiles.to_pairs(places)
+
+    def _read_children(self, logits: Tensor, children: Tensor, cells: Level) -> AttentionPart:
+        """Return what queries read of children ``[N, M, s·r]`` of known logits."""
+        weights = torch.softmax(logits, dim=-1)
+        # As in ``attend``.
+        lse = logits.amax(dim=-1) - weights.amax(dim=-1).log()
+        if self.rows > 1:
+            children = children + torch.arange(self.rows, device=self.device).view(-1, 1, 1) * cells.values.shape[1]
+        output = F.embedding_bag(
+            children.flatten(0, 1),
+            _precise(cells.values).flatten(0, 1),
+            mode="sum",
+            per_sample_weights=weights.flatten(0, 1),
+        )
+        return AttentionPart(output.view(self.rows, -1, self.width), lse)
 
     def _choose(self, score: Callable[[], Tensor], cells: Callable[[], Tensor]) -> Tensor:
         """Return the best candidates, or what an earlier pass took for them."""
@@ -302,16 +341,10 @@ class Piece:
     def _attend_tiles(self, keys: _Set) -> AttentionPart:
         """Attend to keys that queries have chosen."""
         assert keys.tiles is not None
-        all_keys, all_values = keys.pick(self.sources)
-        outputs = self.query.new_empty(*keys.tiles.query.shape, self.width, dtype=self.precise)
-        lses = self.query.new_empty(keys.tiles.query.shape, dtype=self.precise)
-        for tiles, output, lse in keys.tiles.split(all_keys.shape[2], outputs, lses):
-            key, value = tiles.take_groups(all_keys), tiles.take_groups(all_values)
-            output[:], lse[:] = attend(tiles.take_queries(self.query), key, value, keys.bias(tiles), self._keep)
-        lses = keys.tiles.to_pairs(lses).masked_fill_(~keys.tiles.present, MASKED)
+        outputs, lses = attend_gathered(keys.tiles, self.query, *keys.pick(self.sources), keys.bias, self._keep)
         lse = torch.logsumexp(lses, dim=-1)
         shares = (lses - lse.unsqueeze(-1)).exp_().masked_fill_(~keys.tiles.present, 0.0)
-        return AttentionPart(keys.tiles.sum_to_queries(outputs, shares), lse)
+        return AttentionPart(keys.tiles.sum_places(outputs, keys.tiles.place, shares), lse)
 
     def _gradients_of_dense(self, keys: _Set, grad: Tensor, lse: Tensor, shift: Tensor, totals: Sources) -> Tensor:
         """Add up gradients of keys and values; return that of the query."""
@@ -333,25 +366,8 @@ class Piece:
     def _gradients_of_tiles(self, keys: _Set, grad: Tensor, lse: Tensor, shift: Tensor, totals: Sources) -> Tensor:
         """Add up gradients of keys and values; return that of the query."""
         assert keys.tiles is not None
-        all_keys, all_values = keys.pick(self.sources)
-        places = self.query.new_empty(*keys.tiles.query.shape, self.width)
-        for tiles, place in keys.tiles.split(all_keys.shape[2], places):
-            key, value = tiles.take_groups(all_keys), tiles.take_groups(all_values)
-            grads = gradients(
-                tiles.take_queries(self.query),
-                key,
-                value,
-                keys.bias(tiles),
-                self._keep,
-                tiles.take_queries(grad),
-                # Nobody is in an empty place.
-                tiles.take_queries(lse).masked_fill_(tiles.empty, float("inf")),
-                tiles.take_queries(shift),
-                place,
-            )
-            for total, own in zip(keys.pick(totals), grads[1:], strict=True):
-                tiles.add_to_groups(total, own)
-        return keys.tiles.sum_to_queries(places.to(lse.dtype), keys.tiles.present.to(lse.dtype))
+        sources, sums = keys.pick(self.sources), keys.pick(totals)
+        return gradients_of_gathered(keys.tiles, self.query, sources, keys.bias, self._keep, (grad, lse, shift), sums)
 
     def _operands(self, keys: _Set) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values of a set without tiles, as batches of matrices."""

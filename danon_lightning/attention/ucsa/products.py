@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Grads", "attend", "gradients"]
+__all__ = ["Grads", "attend", "biased_logits", "gradients"]
 
 
 class Grads(NamedTuple):
@@ -49,7 +49,7 @@ def attend(
             query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1), attn_mask=mask, scale=1.0
         )
         return output.squeeze(1).to(lse.dtype), lse.squeeze(1)
-    logits = _logits(query, key, bias)
+    logits = biased_logits(query, key, bias)
     weights = torch.softmax(logits, dim=-1)
     # The largest weight is exp(max logit - lse), which gives the lse without a second pass of exponentials.
     lse = logits.amax(dim=-1) - weights.amax(dim=-1).log()
@@ -82,7 +82,16 @@ def gradients(
         shift: Product of output and gradient ``[B, P]``.
         out: Where the gradient of the query is written.
     """
-    weights = _logits(query, key, bias).sub_(lse.unsqueeze(-1)).exp_()
+    if query.dtype != lse.dtype:
+        weights = biased_logits(query, key, bias).sub_(lse.unsqueeze(-1)).exp_()
+    elif bias is None:
+        weights = torch.baddbmm(-lse.unsqueeze(-1), query, key.mT).exp_()
+    else:
+        weights = (bias - lse.unsqueeze(-1)).baddbmm_(query, key.mT).exp_()
+    if keep is None and grad.dtype == lse.dtype:
+        grad_value = torch.bmm(weights.mT, grad)
+        grad_logits = torch.baddbmm(-shift.unsqueeze(-1), grad, value.mT).mul_(weights)
+        return Grads(torch.bmm(grad_logits, key, out=out), torch.bmm(grad_logits.mT, query), grad_value)
     grad_weights = torch.bmm(grad, value.mT).to(weights.dtype)
     kept = weights
     if keep is not None:
@@ -94,7 +103,8 @@ def gradients(
     return Grads(torch.bmm(grad_logits, key, out=out), torch.bmm(grad_logits.mT, query), grad_value)
 
 
-def _logits(query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
+def biased_logits(query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
+    """Return logits ``[B, P, w]``, float32 or float64; see ``attend`` for the arguments."""
     logits = torch.bmm(query, key.mT)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits if bias is None else logits.add_(bias)

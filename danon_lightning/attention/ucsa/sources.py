@@ -24,6 +24,8 @@ class Level(NamedTuple):
         bounds: The largest and the smallest value of each channel side by side ``[N, c, 2d]``.
         bias: Added to the score in the selection ``[N, R or 1, c]``, or ``None``.
         expandable: Which cells may be expanded ``[N, c]``, boolean; ``None`` if all that are visible may.
+        judges: Below the top, what the bound queries of all that chose the parent are multiplied with: bounds of its
+            children, then keys, twice side by side ``[N, c / r, 2r, 2d]``; see ``with_judges``.
     """
 
     keys: Tensor
@@ -32,6 +34,13 @@ class Level(NamedTuple):
     bounds: Tensor
     bias: Tensor | None
     expandable: Tensor | None
+    judges: Tensor | None = None
+
+    def with_judges(self, factor: int) -> "Level":
+        """Return the level with ``judges``: bounds and logits of the children of a cell in one product."""
+        keys = torch.cat([self.keys, self.keys], dim=-1)
+        judges = torch.cat([x.unflatten(1, (-1, factor)) for x in (self.bounds, keys)], dim=2)
+        return self._replace(judges=judges)
 
 
 class Sources(NamedTuple):
@@ -69,6 +78,11 @@ class Sources(NamedTuple):
         """Return some of the rows."""
         sources: Sources = map_state(lambda x: x[start:stop], self)
         return sources
+
+    def with_judges(self, factor: int) -> "Sources":
+        """Return the same with the ``judges`` of all levels below the top."""
+        *below, top = self.levels
+        return self._replace(levels=(*(level.with_judges(factor) for level in below), top))
 
     def differentiable(self) -> list[Tensor]:
         """Return what gradients flow to."""

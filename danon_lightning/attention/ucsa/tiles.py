@@ -103,21 +103,23 @@ class Tiles(NamedTuple):
         """Return ``[N, M, s, ...]`` of what each place has ``[T, P, ...]``; something finite where pairs are absent."""
         return x.flatten(0, 1).index_select(0, self.place.flatten()).unflatten(0, self.place.shape)
 
-    def sum_to_queries(self, x: Tensor, weights: Tensor) -> Tensor:
-        """Return the weighted sum over the slots of each query.
+    @staticmethod
+    def sum_places(x: Tensor, places: Tensor, weights: Tensor) -> Tensor:
+        """Return the weighted sum over the slots of queries.
 
         Args:
             x: What each place has ``[T, P, d]``, float32 or float64.
-            weights: ``[N, M, s]``, zero where pairs are absent.
+            places: Where pairs lie, all of ``place`` or a part of it ``[..., s]``.
+            weights: ``[..., s]``, zero where pairs are absent.
 
         Returns:
-            ``[N, M, d]``.
+            ``[..., d]``.
         """
         # One pass over memory, unlike gathering and summing.
         total = F.embedding_bag(
-            self.place.flatten(0, 1), x.flatten(0, 1), mode="sum", per_sample_weights=weights.flatten(0, 1)
+            places.flatten(0, -2), x.flatten(0, 1), mode="sum", per_sample_weights=weights.flatten(0, -2)
         )
-        return total.unflatten(0, self.place.shape[:2])
+        return total.unflatten(0, places.shape[:-1])
 
     def add_to_groups(self, total: Tensor, x: Tensor) -> None:
         """Add what each tile has ``[T, ...]`` to the total of its group of keys ``[N, groups, ...]``, contiguous."""
