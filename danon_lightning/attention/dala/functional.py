@@ -150,14 +150,16 @@ def dala_attention(
     memory_tokens = select_memory(scores, block_size, memory_size)
     coefficients = distance_coefficients(distance_decay, window_width, dtype)
 
+    remembered = memory_tokens.shape[-1] > 0
+    if remembered:
+        # Whole rows are taken of them.
+        k, v = k.contiguous(), v.contiguous()
     tensors = [q, k, v, importance.unsqueeze(1), coefficients]
     if memory_bias is not None:
         tensors.append(memory_bias)
-    remembered = memory_tokens.shape[-1] > 0
     if remembered:
         masses = importance.gather(1, memory_tokens.clamp(min=0).flatten(1)).view(memory_tokens.shape)
-        # Whole rows are taken of them.
-        tensors += [masses.masked_fill(memory_tokens < 0, MASKED).unsqueeze(1), k.contiguous(), v.contiguous()]
+        tensors.append(masses.masked_fill(memory_tokens < 0, MASKED).unsqueeze(1))
     seed = int(torch.randint(2**31, ())) if dropout_p > 0.0 else 0
     work = _Work(blocks, memory_tokens if remembered else None, memory_bias is not None, rope_base, dropout_p, seed)
     (output, lses), _ = in_pieces(work, tensors, blocks.length, blocks.at_once * blocks.size)
@@ -191,24 +193,24 @@ class _Work(PieceWork):
 
     def take(self, tensors: Sequence[Tensor], start: int, stop: int) -> Sequence[Tensor]:
         """Return queries, with the block before keys, values and masses, and what the memory holds."""
-        parts, rest = self._views(tensors, start, stop)
+        parts = self._views(tensors, start, stop)
         if self.tokens is None:
             return parts
         here = self.tokens[:, self.blocks.holding(start, stop)]
-        return [*parts, *(take_tokens(x, here, tensors[0].shape[1]) for x in rest)]
+        return [*parts, *(take_tokens(x, here, tensors[0].shape[1]) for x in tensors[1:3])]
 
     def give(self, totals: Sequence[Tensor], start: int, stop: int, grads: Sequence[Tensor]) -> None:
         """Undo ``take`` for gradients."""
-        parts, rest = self._views(totals, start, stop)
+        parts = self._views(totals, start, stop)
         for view, grad in zip(parts, grads, strict=False):
             view += grad
         if self.tokens is not None:
             here = self.tokens[:, self.blocks.holding(start, stop)]
-            for total, grad in zip(rest, grads[len(parts) :], strict=True):
+            for total, grad in zip(totals[1:3], grads[len(parts) :], strict=True):
                 add_to_tokens(total, here, grad)
 
-    def _views(self, tensors: Sequence[Tensor], start: int, stop: int) -> tuple[list[Tensor], Sequence[Tensor]]:
-        """Return what is a piece of the tensors, and those from which single tokens are taken."""
+    def _views(self, tensors: Sequence[Tensor], start: int, stop: int) -> list[Tensor]:
+        """Return what is a piece of the tensors."""
         q, k, v, mass, coefficients, *rest = tensors
         here, window = self.blocks.holding(start, stop), slice(max(0, start - self.blocks.size), stop)
         parts = [q[:, :, start:stop], *(x[:, :, window] for x in (k, v, mass))]
@@ -217,7 +219,7 @@ class _Work(PieceWork):
             parts.append(rest.pop(0)[:, :, start:stop])
         if self.tokens is not None:
             parts.append(rest.pop(0)[:, :, here])
-        return parts, rest
+        return parts
 
     def run(
         self, start: int, stop: int, operands: Sequence[Tensor], state: Tensor | None, known: Sequence[Tensor] | None
@@ -242,13 +244,14 @@ class _Work(PieceWork):
         first = max(0, start - size)
         positions = cell_positions(first, k.shape[2], 1, q.device)
         tables = rotary_tables(positions, width, self.rope_base, q.dtype)
-        query = q if tables is None else rotate(q, tables[:, -tokens:])
+        scale = width**-0.5
+        query = q * scale if tables is None else rotate(q, tables[:, -tokens:] * scale)
         key = k if tables is None else rotate(k, tables)
         wide = size if self.blocks.count == 1 else 2 * size
         before, after = wide - size - (start - first), count * size - tokens
         if k.shape[1] != heads:
             key, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, v))
-        query = (padded(query, 0, after) * width**-0.5).unflatten(2, (count, size))
+        query = padded(query, 0, after).unflatten(2, (count, size))
         key, value = (windows(padded(x, before, after), count, size, wide) for x in (key, v))
         masses = windows(padded(mass.unsqueeze(-1), before, after, MASKED), count, size, wide)  # [b, 1, c, w, 1]
         columns = torch.arange(wide, device=q.device)
