@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from danon_lightning.attention.dropout import Keep, dropout_factors
+from danon_lightning.attention.exponential import exp_or_zero_
 from danon_lightning.attention.merging import (
     AttentionPart,
     attention_part,
@@ -170,7 +171,7 @@ def _gradients(
     if preference is not None:
         lse = lse - preference
     grad, lse, shift = _laid_out(grad, blocks), _laid_out(lse, blocks, float("inf")), _laid_out(shift, blocks)
-    weights = biased_logits(query, key, bias).sub_(lse.unsqueeze(-1)).exp_()
+    weights = exp_or_zero_(biased_logits(query, key, bias).sub_(lse.unsqueeze(-1)))
     grad_logits = (grad @ value.mT).to(weights.dtype)
     kept = weights
     if keep is not None:

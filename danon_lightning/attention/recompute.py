@@ -39,6 +39,12 @@ class PieceWork:
         for view, grad in zip(self.take(totals, start, stop), grads, strict=True):
             view += grad
 
+    def run_without_graph(
+        self, tensors: Sequence[Tensor], start: int, stop: int, state: Tensor | None
+    ) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """Do what ``run`` does with what ``take`` returns, where nothing has a gradient."""
+        return self.run(start, stop, self.take(tensors, start, stop), state, None)
+
     def run(
         self, start: int, stop: int, operands: Sequence[Tensor], state: Tensor | None, known: Sequence[Tensor] | None
     ) -> tuple[tuple[Tensor, ...], Tensor | None]:
@@ -137,7 +143,7 @@ class _InPieces(torch.autograd.Function):
         for start in range(0, length, piece):
             stop = min(start + piece, length)
             states.append(state)
-            outputs, state = work.run(start, stop, work.take(tensors, start, stop), state, None)
+            outputs, state = work.run_without_graph(tensors, start, stop, state)
             results = results or tuple(x.new_empty(*x.shape[:2], length, *x.shape[3:]) for x in outputs)
             for result, output in zip(results, outputs, strict=True):
                 result[:, :, start:stop] = output

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from danon_lightning.attention.dala.arguments import check_settings, check_tensors
 from danon_lightning.attention.dala.blocks import Blocks
-from danon_lightning.attention.dala.local import distance_coefficients, local_bias
+from danon_lightning.attention.dala.local import distance_coefficients, distance_powers, local_bias
 from danon_lightning.attention.dala.memory import add_to_tokens, memory_scores, select_memory, take_tokens
+from danon_lightning.attention.dala.scratch import Scratch, attend_head_by_head
 from danon_lightning.attention.joint import Joint, KeySet, joint_attention
 from danon_lightning.attention.merging import MASKED
 from danon_lightning.attention.recompute import PieceWork, in_pieces
@@ -190,6 +191,7 @@ class _Work(PieceWork):
         """Remember them."""
         self.blocks, self.tokens, self.biased, self.rope_base = blocks, tokens, biased, rope_base
         self.dropout_p, self.seed = dropout_p, seed
+        self.scratch = Scratch()
 
     def take(self, tensors: Sequence[Tensor], start: int, stop: int) -> Sequence[Tensor]:
         """Return queries, with the block before keys, values and masses, and what the memory holds."""
@@ -221,25 +223,54 @@ class _Work(PieceWork):
             parts.append(rest.pop(0)[:, :, here])
         return parts
 
+    def run_without_graph(
+        self, tensors: Sequence[Tensor], start: int, stop: int, state: Tensor | None
+    ) -> tuple[tuple[Tensor, ...], None]:
+        """Attend to window and memory, in memory that is used again for the next piece where that is faster."""
+        q = tensors[0]
+        if q.device.type != "cpu" or q.dtype not in (torch.float32, torch.float64) or self.dropout_p > 0.0:
+            return self.run(start, stop, self.take(tensors, start, stop), state, None)
+        q, k, v, mass, coefficients, *rest = self._views(tensors, start, stop)
+        preference = rest.pop(0) if self.biased else None
+        *near, distances = self._window(start, q, k, v, mass)
+        far = None
+        if self.tokens is not None:
+            here = self.blocks.holding(start, stop)
+            far = self._scaled(q), *tensors[1:3], self.tokens[:, here], rest[0], preference
+        powers = distance_powers(distances, coefficients.dtype)
+        return tuple(attend_head_by_head(tuple(near), powers, coefficients, far, q.shape[2], self.scratch)), None
+
     def run(
         self, start: int, stop: int, operands: Sequence[Tensor], state: Tensor | None, known: Sequence[Tensor] | None
     ) -> tuple[tuple[Tensor, ...], None]:
         """Attend to window and memory."""
         q, k, v, mass, coefficients, *rest = operands
         preference = rest.pop(0) if self.biased else None
-        sets = [self._window(start, q, k, v, mass, coefficients)]
+        repeats = q.shape[1] // k.shape[1]
+        if repeats > 1:
+            k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
+        query, key, value, masses, distances = self._window(start, q, k, v, mass)
+        sets = [KeySet(query, key, value, local_bias(coefficients, distances) + masses)]
         if self.tokens is not None:
             masses, keys, values = rest
-            query = padded(q, 0, keys.shape[2] * self.blocks.size - q.shape[2]) * q.shape[-1] ** -0.5
-            query = query.unflatten(2, (-1, self.blocks.size))
-            sets.append(KeySet(query, keys, values, masses.unsqueeze(3), preference))
+            sets.append(KeySet(self._scaled(q), keys, values, masses.unsqueeze(3), preference))
         known = None if known is None else Joint(*known)
         joint = joint_attention(sets, q.shape[2], dropout_p=self.dropout_p, seed=self.seed + start, known=known)
         return tuple(joint), None
 
-    def _window(self, start: int, q: Tensor, k: Tensor, v: Tensor, mass: Tensor, coefficients: Tensor) -> KeySet:
-        """Return the own block and the one before, which the first block fills up."""
-        size, heads, width = self.blocks.size, q.shape[1], q.shape[-1]
+    def _scaled(self, q: Tensor) -> Tensor:
+        """Return the queries of the memory, block by block."""
+        size = self.blocks.size
+        return (padded(q, 0, -q.shape[2] % size) * q.shape[-1] ** -0.5).unflatten(2, (-1, size))
+
+    def _window(
+        self, start: int, q: Tensor, k: Tensor, v: Tensor, mass: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return queries, keys, values and masses of the own block and the one before, and the distances in it.
+
+        The first block fills up the one before it.
+        """
+        size, width = self.blocks.size, q.shape[-1]
         count, tokens = -(-q.shape[2] // size), q.shape[2]
         first = max(0, start - size)
         positions = cell_positions(first, k.shape[2], 1, q.device)
@@ -249,11 +280,8 @@ class _Work(PieceWork):
         key = k if tables is None else rotate(k, tables)
         wide = size if self.blocks.count == 1 else 2 * size
         before, after = wide - size - (start - first), count * size - tokens
-        if k.shape[1] != heads:
-            key, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, v))
         query = padded(query, 0, after).unflatten(2, (count, size))
         key, value = (windows(padded(x, before, after), count, size, wide) for x in (key, v))
         masses = windows(padded(mass.unsqueeze(-1), before, after, MASKED), count, size, wide)  # [b, 1, c, w, 1]
         columns = torch.arange(wide, device=q.device)
-        distances = columns[-size:].unsqueeze(-1) - columns
-        return KeySet(query, key, value, local_bias(coefficients, distances) + masses.mT)
+        return query, key, value, masses.mT, columns[-size:].unsqueeze(-1) - columns
