@@ -167,6 +167,8 @@ def _gradients(
 ) -> list[Tensor | None]:
     """Return the gradients of a set: ``lse`` and ``shift`` are those of all sets ``[b, H, n]``."""
     query, key, value, bias, preference = keys
+    # Each product would copy windows that overlap.
+    key, value = key.contiguous(), value.contiguous()
     blocks, tokens = query.shape[2:4], query.shape[3]
     if preference is not None:
         lse = lse - preference

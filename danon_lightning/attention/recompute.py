@@ -108,7 +108,13 @@ def _let_memory_be_reused() -> None:
 
 
 def in_pieces(
-    work: PieceWork, tensors: Sequence[Tensor], length: int, piece: int, state: Tensor | None = None
+    work: PieceWork,
+    tensors: Sequence[Tensor],
+    length: int,
+    piece: int,
+    state: Tensor | None = None,
+    *,
+    onto: Tensor | None = None,
 ) -> tuple[tuple[Tensor, ...], Tensor | None]:
     """Work on a sequence piece by piece.
 
@@ -118,16 +124,25 @@ def in_pieces(
         length: Tokens n in the sequence.
         piece: Tokens in a piece.
         state: The state before the first token, if there is one.
+        onto: The first result is added to it; overwritten, unless gradients are wanted.
 
     Returns:
         The results ``[b, ., n, ...]``, of which the first one has a gradient, and the last state.
     """
-    if tensors[0].device.type == "cpu" and not is_traced(tensors[0]):
+    traced = is_traced(tensors[0])
+    if tensors[0].device.type == "cpu" and not traced:
         _let_memory_be_reused()
+    at_once = traced or (length <= piece and not work.resumes)
     with without_autocast(tensors[0].device):
-        if is_traced(tensors[0]) or (length <= piece and not work.resumes):
-            return work.run(0, length, work.take(tensors, 0, length), state, None)
-        *results, state = _InPieces.apply(work, length, piece, state, *tensors)
+        if at_once:
+            results, state = work.run(0, length, work.take(tensors, 0, length), state, None)
+        elif onto is not None and not torch.is_grad_enabled():
+            *results, state = _InPieces.apply(work, length, piece, state, onto, *tensors)
+            return tuple(results), state
+        else:
+            *results, state = _InPieces.apply(work, length, piece, state, None, *tensors)
+    if onto is not None:
+        results = (onto + results[0], *results[1:])
     return tuple(results), state
 
 
@@ -136,7 +151,13 @@ class _InPieces(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, work: PieceWork, length: int, piece: int, state: Tensor | None, *tensors: Tensor
+        ctx: Any,
+        work: PieceWork,
+        length: int,
+        piece: int,
+        state: Tensor | None,
+        onto: Tensor | None,
+        *tensors: Tensor,
     ) -> tuple[Tensor | None, ...]:
         results: tuple[Tensor, ...] = ()
         states = []
@@ -144,9 +165,15 @@ class _InPieces(torch.autograd.Function):
             stop = min(start + piece, length)
             states.append(state)
             outputs, state = work.run_without_graph(tensors, start, stop, state)
-            results = results or tuple(x.new_empty(*x.shape[:2], length, *x.shape[3:]) for x in outputs)
-            for result, output in zip(results, outputs, strict=True):
-                result[:, :, start:stop] = output
+            results = results or tuple(
+                x.new_empty(*x.shape[:2], length, *x.shape[3:]) if i or onto is None else onto
+                for i, x in enumerate(outputs)
+            )
+            for i, (result, output) in enumerate(zip(results, outputs, strict=True)):
+                if i or onto is None:
+                    result[:, :, start:stop] = output
+                else:
+                    result[:, :, start:stop] += output
         ctx.work, ctx.length, ctx.piece, ctx.counts = work, length, piece, (len(tensors), len(results))
         ctx.save_for_backward(*tensors, *(results if work.resumes else ()), *(() if state is None else states))
         ctx.mark_non_differentiable(*results[1:])
@@ -186,6 +213,6 @@ class _InPieces(torch.autograd.Function):
             )
             work.give(totals, start, stop, found[: len(operands)])
             grad_state = None if state is None else found[-1]
-        needed = ctx.needs_input_grad[4:]
+        needed = ctx.needs_input_grad[5:]
         returned = [t.to(x.dtype) if need else None for t, x, need in zip(totals, tensors, needed, strict=True)]
-        return None, None, None, grad_state, *returned
+        return None, None, None, grad_state, None, *returned

@@ -62,6 +62,25 @@ def test_without_gradients_the_values_are_the_same(tokens_at_once):
         assert_same(frozen, dala_attention(**frozen, **settings), dala_attention_reference(**frozen, **settings))
 
 
+@pytest.mark.parametrize("padding", ["none", "left", "ragged", "whole row"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"memory_bias": None}, {"memory_size": 0}, {"importance_threshold": 0.9}], ids=str
+)
+def test_without_gradients_values_and_stats_are_those_with_them(settings, padding, tokens_at_once):
+    torch.manual_seed(0)
+    tensors = {**make_tensors(43), **SIZES, **settings, "key_padding_mask": make_mask(padding, 43)}
+    expected, stats = dala_attention(**tensors, return_stats=True)
+    torch.testing.assert_close(expected, dala_attention_reference(**tensors), rtol=0, atol=1e-10)
+    for scale in (1.0, 100.0):  # the second one lets most weights underflow
+        scaled = {**tensors, "q": tensors["q"] * scale}
+        with torch.no_grad():
+            ours, found = dala_attention(**scaled, return_stats=True)
+            torch.testing.assert_close(ours, dala_attention_reference(**scaled), rtol=0, atol=1e-10)
+        if scale == 1.0:
+            torch.testing.assert_close(found.memory_weight, stats.memory_weight, rtol=0, atol=1e-12)
+            torch.testing.assert_close(found.lse, stats.lse, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("block_size", [1, 3, 7, 16, 100])
 @pytest.mark.parametrize("memory_size", [0, 1, 6, 1000])
 def test_blocked_form_at_other_sizes(block_size, memory_size, tokens_at_once):

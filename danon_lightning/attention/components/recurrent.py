@@ -114,6 +114,7 @@ class RecurrentState(nn.Module):
         v: Tensor,
         *,
         weight: Tensor | None = None,
+        onto: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
         state: State | None = None,
     ) -> tuple[Tensor, State | None]:
@@ -125,6 +126,7 @@ class RecurrentState(nn.Module):
             k: Keys ``[b, G, n, d]``.
             v: Values ``[b, G, n, d]``.
             weight: What is read is multiplied with it ``[b, H, n]``; ``None`` means one.
+            onto: What is read is added to it ``[b, H, n, d]``; overwritten, unless gradients are wanted.
             key_padding_mask: True for real tokens ``[b, n]``, boolean; padding neither enters the state nor lets it
                 fade.
             state: What came before, from ``init_state`` or an earlier call; ``None``: nothing, and no state wanted.
@@ -156,9 +158,11 @@ class RecurrentState(nn.Module):
         # More matrices for each token than attention has: pieces are half as long.
         whole = max(1, tokens_at_once(q.device) // 2 // step) * step
         work = Scan(self._advance, sequences=6)
-        (read,), matrix = in_pieces(work, (q, k, v, log_decay, rates, weight, self.gain), length, whole, matrix)
+        tensors = (q, k, v, log_decay, rates, weight, self.gain)
         if state is None:
-            return read, None
+            return in_pieces(work, tensors, length, whole, matrix, onto=onto)[0][0], None
+        (read,), matrix = in_pieces(work, tensors, length, whole, matrix)
+        read = read[:, :, waiting:]
         kept = slice(length - length % step, None)
         new_state = {
             "matrix": matrix,
@@ -168,7 +172,7 @@ class RecurrentState(nn.Module):
             "log_decay": log_decay[:, :, kept].clone(),
             "rates": rates[:, :, kept].clone(),
         }
-        return read[:, :, waiting:], new_state
+        return read if onto is None else onto + read, new_state
 
     def _advance(
         self,

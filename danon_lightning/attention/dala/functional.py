@@ -250,7 +250,7 @@ class _Work(PieceWork):
         if repeats > 1:
             k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
         query, key, value, masses, distances = self._window(start, q, k, v, mass)
-        sets = [KeySet(query, key, value, local_bias(coefficients, distances) + masses)]
+        sets = [KeySet(query, key, value, local_bias(coefficients, distances).unsqueeze(0) + masses)]
         if self.tokens is not None:
             masses, keys, values = rest
             sets.append(KeySet(self._scaled(q), keys, values, masses.unsqueeze(3), preference))

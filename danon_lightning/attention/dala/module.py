@@ -180,22 +180,25 @@ class DALAAttention(AttentionCore):
         if memory_bias is not None and (state is not None or q.shape[2] <= 2 * self.config.block_size):
             # Short sequences remember nothing.
             output = keep_in_graph(output, memory_bias)
-        read = None
-        if self.recurrent is not None:
-            read, new_state["recurrent"] = self.recurrent(
-                x,
-                q,
-                k,
-                v,
-                weight=_state_weight(logits),
-                key_padding_mask=key_padding_mask,
-                state=None if state is None else state["recurrent"],
-            )
-        self._observe("route_outputs", lambda: self._routes(q, k, v, output, memory_bias, read, settings))
-        if read is not None:
-            # Without a graph nobody else holds the output.
-            output = output + read if torch.is_grad_enabled() else output.add_(read)
-        return output, None if state is None else new_state
+        if self.recurrent is None:
+            self._observe("route_outputs", lambda: self._routes(q, k, v, output, memory_bias, None, settings))
+            return output, None if state is None else new_state
+        # What is read is added to the rest piece by piece, unless somebody wants to see it by itself.
+        apart = self._is_observed("route_outputs")
+        result, new_state["recurrent"] = self.recurrent(
+            x,
+            q,
+            k,
+            v,
+            weight=_state_weight(logits),
+            onto=None if apart else output,
+            key_padding_mask=key_padding_mask,
+            state=None if state is None else state["recurrent"],
+        )
+        if apart:
+            self._observe("route_outputs", lambda: self._routes(q, k, v, output, memory_bias, result, settings))
+            result = output + result
+        return result, None if state is None else new_state
 
     def _settings(self, log_importance: Tensor, first: int, key_padding_mask: Tensor | None) -> dict[str, Any]:
         """Return the arguments of the softmax part, beside queries, keys, values and memory."""

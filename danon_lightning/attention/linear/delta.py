@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from danon_lightning.attention.linear.chunks import Chunks, decay_between, decay_to_end
-from danon_lightning.attention.linear.inverse import unit_lower_inverse
 
 __all__ = ["replace"]
 
@@ -47,7 +46,9 @@ def _advance(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, s
     from_start = log_decay.exp().to(dtype).flatten(0, 1).unsqueeze(-1)
     weights = (q @ k.mT).mul_(decay)
     scaled = beta * k
-    inverse = unit_lower_inverse((scaled @ k.mT).mul_(decay))
+    # Only what is below the diagonal is read. The backward pass needs the inverse too, transposed.
+    identity = torch.eye(k.shape[-2], dtype=dtype, device=k.device).expand_as(decay)
+    inverse = torch.linalg.solve_triangular((scaled @ k.mT).mul_(decay), identity, upper=False, unitriangular=True)
     # The updates are u = free - bound @ S.
     free, bound = inverse @ (beta * v), inverse @ (scaled * from_start)
     # From chunk to chunk the state undergoes an affine map.
