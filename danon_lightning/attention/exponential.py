@@ -24,4 +24,4 @@ def exp_or_zero_(x: Tensor) -> Tensor:
     """
     if x.requires_grad or x.device.type != "cpu" or torch.compiler.is_compiling():
         return x.exp_()
-    return F.threshold_(x.clamp_(min=LEAST_EXPONENT).exp_(), NEGLIGIBLE, 0.0)
+    return F.threshold(x.clamp_(min=LEAST_EXPONENT).exp_(), NEGLIGIBLE, 0.0, inplace=True)

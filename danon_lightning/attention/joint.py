@@ -131,9 +131,9 @@ def _attend(sets: Sequence[KeySet], rows: int, attend: Callable[..., AttentionPa
     blind = ~has_visible_keys(logs.amax(dim=-1, keepdim=True))
     shares = torch.softmax(logs, dim=-1).masked_fill(blind, 0.0)
     output = _weighted(parts[0], shares[..., :1])
-    for index, part in enumerate(parts[1:], start=1):
+    for index in range(1, len(parts)):
         # A product and a sum: each is faster on CPUs than addcmul with a factor for each row.
-        output = output.add_(_weighted(part, shares[..., index : index + 1]))
+        output = output.add_(_weighted(parts[index], shares[..., index : index + 1]))
     return Joint(output.to(parts[0].dtype), logs)
 
 

@@ -7,9 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from danon_lightning.attention.dala.functional import _Work
 from danon_lightning.attention.dala.memory import memory_scores, select_memory
 from danon_lightning.attention.functional import dala_attention, dala_attention_reference, full_attention
 from danon_lightning.attention.merging import MASKED
+from danon_lightning.attention.recompute import PieceWork
 from danon_lightning.attention.rotary import apply_rotary, cell_positions
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -62,23 +64,26 @@ def test_without_gradients_the_values_are_the_same(tokens_at_once):
         assert_same(frozen, dala_attention(**frozen, **settings), dala_attention_reference(**frozen, **settings))
 
 
-@pytest.mark.parametrize("padding", ["none", "left", "ragged", "whole row"])
-@pytest.mark.parametrize(
-    "settings", [{}, {"memory_bias": None}, {"memory_size": 0}, {"importance_threshold": 0.9}], ids=str
-)
-def test_without_gradients_values_and_stats_are_those_with_them(settings, padding, tokens_at_once):
+VARIED = [{}, {"memory_bias": None}, {"memory_size": 0}, {"importance_threshold": 0.9}]
+
+
+@pytest.mark.parametrize("padding", ["none", "ragged", "whole row"])
+@pytest.mark.parametrize("settings", VARIED, ids=str)
+def test_head_by_head_gives_what_all_heads_at_once_give(settings, padding, tokens_at_once, monkeypatch):
     torch.manual_seed(0)
     tensors = {**make_tensors(43), **SIZES, **settings, "key_padding_mask": make_mask(padding, 43)}
-    expected, stats = dala_attention(**tensors, return_stats=True)
-    torch.testing.assert_close(expected, dala_attention_reference(**tensors), rtol=0, atol=1e-10)
     for scale in (1.0, 100.0):  # the second one lets most weights underflow
         scaled = {**tensors, "q": tensors["q"] * scale}
-        with torch.no_grad():
-            ours, found = dala_attention(**scaled, return_stats=True)
-            torch.testing.assert_close(ours, dala_attention_reference(**scaled), rtol=0, atol=1e-10)
-        if scale == 1.0:
-            torch.testing.assert_close(found.memory_weight, stats.memory_weight, rtol=0, atol=1e-12)
-            torch.testing.assert_close(found.lse, stats.lse, rtol=1e-12, atol=1e-12)
+        ours, found = dala_attention(**scaled, return_stats=True)
+        torch.testing.assert_close(ours, dala_attention_reference(**scaled), rtol=0, atol=1e-10)
+        with monkeypatch.context() as patch:
+            patch.setattr(_Work, "run_without_graph", PieceWork.run_without_graph)
+            theirs, stats = dala_attention(**scaled, return_stats=True)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+        torch.testing.assert_close(found.memory_weight, stats.memory_weight, rtol=0, atol=1e-12)
+        seen = stats.lse > MASKED / 2
+        assert torch.equal(seen, found.lse > MASKED / 2)
+        torch.testing.assert_close(found.lse[seen], stats.lse[seen], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 7, 16, 100])

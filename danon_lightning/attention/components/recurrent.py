@@ -234,7 +234,7 @@ def _scaled(x: Tensor, eps: float, weight: Tensor | None = None, gain: Tensor | 
         result: Tensor = _Scaled.apply(x, eps, weight, gain)
         return result
     unit = x * _one_over_root(x, eps).to(x.dtype)
-    return unit if weight is None else unit * weight.to(x.dtype) * gain
+    return unit if weight is None or gain is None else unit * weight.to(x.dtype) * gain
 
 
 def _one_over_root(x: Tensor, eps: float) -> Tensor:

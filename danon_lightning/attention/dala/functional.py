@@ -13,9 +13,9 @@ from torch import Tensor
 
 from danon_lightning.attention.dala.arguments import check_settings, check_tensors
 from danon_lightning.attention.dala.blocks import Blocks
-from danon_lightning.attention.dala.local import distance_coefficients, distance_powers, local_bias
+from danon_lightning.attention.dala.local import distance_coefficients, local_bias
 from danon_lightning.attention.dala.memory import add_to_tokens, memory_scores, select_memory, take_tokens
-from danon_lightning.attention.dala.scratch import Scratch, attend_head_by_head
+from danon_lightning.attention.dala.scratch import Far, Near, Scratch, attend_head_by_head
 from danon_lightning.attention.joint import Joint, KeySet, joint_attention
 from danon_lightning.attention.merging import MASKED
 from danon_lightning.attention.recompute import PieceWork, in_pieces
@@ -232,13 +232,13 @@ class _Work(PieceWork):
             return self.run(start, stop, self.take(tensors, start, stop), state, None)
         q, k, v, mass, coefficients, *rest = self._views(tensors, start, stop)
         preference = rest.pop(0) if self.biased else None
-        *near, distances = self._window(start, q, k, v, mass)
+        near = Near(*self._window(start, q, k, v, mass), coefficients)
         far = None
         if self.tokens is not None:
-            here = self.blocks.holding(start, stop)
-            far = self._scaled(q), *tensors[1:3], self.tokens[:, here], rest[0], preference
-        powers = distance_powers(distances, coefficients.dtype)
-        return tuple(attend_head_by_head(tuple(near), powers, coefficients, far, q.shape[2], self.scratch)), None
+            tokens = self.tokens[:, self.blocks.holding(start, stop)]
+            far = Far(self._scaled(q), tensors[1], tensors[2], tokens, rest[0], preference)
+        joint = attend_head_by_head(near, far, q.shape[2], self.scratch)
+        return (joint.output, joint.lses), None
 
     def run(
         self, start: int, stop: int, operands: Sequence[Tensor], state: Tensor | None, known: Sequence[Tensor] | None

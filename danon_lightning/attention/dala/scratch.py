@@ -6,15 +6,17 @@ no memory is asked for that the system would first have to empty.
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from danon_lightning.attention.dala.local import distance_powers
 from danon_lightning.attention.exponential import exp_or_zero_
 from danon_lightning.attention.joint import Joint
 from danon_lightning.attention.merging import MASKED, has_visible_keys
 
-__all__ = ["Scratch", "attend_head_by_head"]
+__all__ = ["Far", "Near", "Scratch", "attend_head_by_head"]
 
 
 class Scratch:
@@ -33,45 +35,74 @@ class Scratch:
         return held[:size].view(*shape)
 
 
-def attend_head_by_head(
-    near: tuple[Tensor, Tensor, Tensor, Tensor],
-    powers: Tensor,
-    coefficients: Tensor,
-    far: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None] | None,
-    rows: int,
-    scratch: Scratch,
-) -> Joint:
+class Near(NamedTuple):
+    """The window.
+
+    Attributes:
+        query: Queries, already scaled ``[b, H, c, t, d]``.
+        key: Keys ``[b, G, c, w, d]``.
+        value: Values ``[b, G, c, w, d]``.
+        mass: Logarithms of importance ``[b, 1, c, 1, w]``.
+        distances: Positions of queries minus those of keys ``[t, w]``.
+        coefficients: What powers of the distance are multiplied with ``[H, c or 1, 3]``.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mass: Tensor
+    distances: Tensor
+    coefficients: Tensor
+
+
+class Far(NamedTuple):
+    """The memory.
+
+    Attributes:
+        query: Queries, already scaled ``[b, H, c, t, d]``.
+        keys: All keys ``[b, G, n, d]``.
+        values: All values ``[b, G, n, d]``.
+        tokens: The tokens that are remembered ``[b, c, m]``; negative ones are none.
+        mass: Logarithms of their importance ``[b, 1, c, m]``, ``MASKED`` where there is none.
+        preference: Added to all logits of a row ``[b, H, n]``; ``None`` means zero.
+    """
+
+    query: Tensor
+    keys: Tensor
+    values: Tensor
+    tokens: Tensor
+    mass: Tensor
+    preference: Tensor | None
+
+
+def attend_head_by_head(near: Near, far: Far | None, rows: int, scratch: Scratch) -> Joint:
     """Attend to window and memory in one softmax.
 
     Args:
-        near: Of the window: queries, already scaled ``[b, H, c, t, d]``, keys and values ``[b, G, c, w, d]`` and the
-            logarithms of their importance ``[b, 1, c, 1, w]``.
-        powers: What ``coefficients`` are multiplied with to get the bias of distance ``[3, t·w]``.
-        coefficients: ``[H, c or 1, 3]``.
-        far: Of the memory: queries, already scaled ``[b, H, c, t, d]``, all keys and values ``[b, G, n, d]``, the
-            tokens that are remembered ``[b, c, m]``, the logarithms of their importance ``[b, 1, c, m]``, and a
-            preference ``[b, H, rows]``.
+        near: The window.
+        far: The memory; ``None``: there is none.
         rows: Queries that there are; the others fill up the last block.
         scratch: Memory to work in.
 
     Returns:
         What ``joint_attention`` returns for the two sets.
     """
-    query, key, value, mass = near
+    query, key, value, mass, distances, coefficients = near
+    powers = distance_powers(distances, coefficients.dtype)
     batch, heads, count, tokens, width = query.shape
     repeats = heads // key.shape[1]
     output = query.new_empty(batch, heads, count, tokens, width)
     peak = query.new_empty(batch, heads, count, tokens, 1)
     sums = query.new_empty(2 if far else 1, batch, heads, count, tokens, 1)
     shift = peak
-    if far is not None and far[5] is not None:
+    if far is not None and far.preference is not None:
         preference = query.new_zeros(batch, heads, count * tokens)
-        preference[:, :, :rows] = far[5]
+        preference[:, :, :rows] = far.preference
         preference = preference.view_as(peak)
         shift = torch.empty_like(peak)
     here = scratch.take("window", (count, tokens, key.shape[-2]), query)
     for b in range(batch):
-        chosen = None if far is None else far[3][b].clamp(min=0).flatten()
+        chosen = None if far is None else far.tokens[b].clamp(min=0).flatten()
         for h in range(heads):
             g = h // repeats
             out, top, to_take = output[b, h], peak[b, h], shift[b, h]
@@ -79,21 +110,20 @@ def attend_head_by_head(
             here.baddbmm_(query[b, h], key[b, g].mT).add_(mass[b, 0])
             torch.amax(here, dim=-1, keepdim=True, out=top)
             if far is not None and chosen is not None:
-                queries, keys, values, _, masses, bias = far
-                there = scratch.take("memory", (count, tokens, masses.shape[-1]), query)
+                there = scratch.take("memory", (count, tokens, far.mass.shape[-1]), query)
                 taken = scratch.take("rows", (len(chosen), width), query)
                 table = taken.view(count, -1, width)
-                torch.index_select(keys[b, g], 0, chosen, out=taken)
-                torch.bmm(queries[b, h], table.mT, out=there).add_(masses[b, 0].unsqueeze(1))
+                torch.index_select(far.keys[b, g], 0, chosen, out=taken)
+                torch.bmm(far.query[b, h], table.mT, out=there).add_(far.mass[b, 0].unsqueeze(1))
                 best = there.amax(dim=-1, keepdim=True)
-                if bias is None:
+                if far.preference is None:
                     torch.maximum(top, best, out=top)
                 else:
                     torch.maximum(top, best.add_(preference[b, h]), out=top)
                     torch.sub(top, preference[b, h], out=to_take)
                 exp_or_zero_(there.sub_(to_take))
                 torch.sum(there, dim=-1, keepdim=True, out=sums[1, b, h])
-                torch.index_select(values[b, g], 0, chosen, out=taken)
+                torch.index_select(far.values[b, g], 0, chosen, out=taken)
                 torch.bmm(there, table, out=out)
             exp_or_zero_(here.sub_(top))
             torch.sum(here, dim=-1, keepdim=True, out=sums[0, b, h])
