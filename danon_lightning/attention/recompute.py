@@ -98,8 +98,8 @@ def _let_memory_be_reused() -> None:
 
     The allocator of glibc adapts: once a block has been freed, blocks up to its size come out of memory that it keeps,
     and of this it keeps twice as much; blocks beyond 32 MiB do not count. Where tensors are either small or longer than
-    that, it never learns, and each piece would get all its memory page by page, each page emptied first: up to a third
-    of the time. This block is never touched, so that it takes no memory; elsewhere it does nothing.
+    that, it never learns, and each piece would get all its memory page by page, each page emptied first.
+    This block is never touched, so that it takes no memory; elsewhere it does nothing.
 
     Reference:
         ``man 3 mallopt``, M_MMAP_THRESHOLD.
