@@ -103,6 +103,10 @@ class AttentionCore(nn.Module, ABC):
             training_step: Optimizer steps so far.
         """
 
+    def _is_observed(self, name: str) -> bool:
+        """Tell whether ``observing`` asks for something by this name."""
+        return any(name in values for values in self._observers)
+
     def _observe(self, name: str, measure: Callable[[], Tensor]) -> None:
         """Measure something, if ``observing`` asks for it by this name."""
         asking = [values for values in self._observers if name in values]

@@ -100,13 +100,22 @@ def has_fused_form(query: Tensor, value: Tensor, bias: Tensor) -> bool:
 
 def fused_part(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> AttentionPart:
     """Attend by the kernel behind ``scaled_dot_product_attention``, which never has all weights in memory."""
-    repeats = query.shape[-2] // bias.shape[-2]
-    mask = bias if repeats == 1 else bias.repeat_interleave(repeats, dim=-2)
-    outer = query.shape[:-3]
-    mask = mask.expand(*(outer if any(size > 1 for size in mask.shape[:-3]) else (1,) * len(outer)), *mask.shape[-3:])
-    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        *(x.flatten(0, -4) for x in (query, key, value)), attn_mask=mask.flatten(0, -4), scale=1.0
-    )
+    rows = bias.shape[-2]
+    # A row for all is taken as it is.
+    mask = bias if rows in (1, query.shape[-2]) else bias.repeat_interleave(query.shape[-2] // rows, dim=-2)
+    if key.is_contiguous() and value.is_contiguous() and (rows == 1 or mask.shape[:-2] == query.shape[:-2]):
+        # The kernel lays its output out token by token, not head by head: with a single head that is the same.
+        outer = query.shape[:-2]
+        operands = [x.flatten(0, -3).unsqueeze(1) for x in (query, key, value)]
+        mask = mask.expand(*outer, -1, -1).flatten(0, -3).unsqueeze(1)
+    else:
+        outer = query.shape[:-3]
+        operands = [x.flatten(0, -4) for x in (query, key, value)]
+        shared = all(size == 1 for size in mask.shape[:-3])
+        mask = mask.expand(*((1,) * len(outer) if shared else outer), *mask.shape[-3:]).flatten(0, -4)
+    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*operands, attn_mask=mask, scale=1.0)
+    if outer == query.shape[:-2]:
+        output, lse = output.squeeze(1), lse.squeeze(1)
     return AttentionPart(output.unflatten(0, outer), lse.unflatten(0, outer))
 
 

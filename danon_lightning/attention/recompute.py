@@ -8,6 +8,7 @@ Reference:
     Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost".
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,9 @@ from torch.autograd.function import once_differentiable
 from danon_lightning.attention.precision import without_autocast
 
 __all__ = ["PieceWork", "Scan", "in_pieces", "is_traced"]
+
+# Just below the largest block that lets the allocator of glibc adapt, 32 MiB with what it adds.
+LARGEST_TELLING_BLOCK = 2**25 - 2**16
 
 
 class PieceWork:
@@ -34,6 +38,12 @@ class PieceWork:
         """Add gradients of what ``take`` returned to those of the tensors; this does where it returned views."""
         for view, grad in zip(self.take(totals, start, stop), grads, strict=True):
             view += grad
+
+    def run_without_graph(
+        self, tensors: Sequence[Tensor], start: int, stop: int, state: Tensor | None
+    ) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """Do what ``run`` does with what ``take`` returns, where nothing has a gradient."""
+        return self.run(start, stop, self.take(tensors, start, stop), state, None)
 
     def run(
         self, start: int, stop: int, operands: Sequence[Tensor], state: Tensor | None, known: Sequence[Tensor] | None
@@ -82,8 +92,29 @@ def is_traced(x: Tensor) -> bool:
     return torch.compiler.is_compiling() or x.is_meta
 
 
+@functools.cache
+def _let_memory_be_reused() -> None:
+    """Make the C library keep what a piece has freed for the next one, instead of returning it to the system.
+
+    The allocator of glibc adapts: once a block has been freed, blocks up to its size come out of memory that it keeps,
+    and of this it keeps twice as much; blocks beyond 32 MiB do not count. Where tensors are either small or longer than
+    that, it never learns, and each piece would get all its memory page by page, each page emptied first.
+    This block is never touched, so that it takes no memory; elsewhere it does nothing.
+
+    Reference:
+        ``man 3 mallopt``, M_MMAP_THRESHOLD.
+    """
+    torch.empty(LARGEST_TELLING_BLOCK, dtype=torch.uint8)
+
+
 def in_pieces(
-    work: PieceWork, tensors: Sequence[Tensor], length: int, piece: int, state: Tensor | None = None
+    work: PieceWork,
+    tensors: Sequence[Tensor],
+    length: int,
+    piece: int,
+    state: Tensor | None = None,
+    *,
+    onto: Tensor | None = None,
 ) -> tuple[tuple[Tensor, ...], Tensor | None]:
     """Work on a sequence piece by piece.
 
@@ -93,14 +124,25 @@ def in_pieces(
         length: Tokens n in the sequence.
         piece: Tokens in a piece.
         state: The state before the first token, if there is one.
+        onto: The first result is added to it; overwritten, unless gradients are wanted.
 
     Returns:
         The results ``[b, ., n, ...]``, of which the first one has a gradient, and the last state.
     """
+    traced = is_traced(tensors[0])
+    if tensors[0].device.type == "cpu" and not traced:
+        _let_memory_be_reused()
+    at_once = traced or (length <= piece and not work.resumes)
     with without_autocast(tensors[0].device):
-        if is_traced(tensors[0]) or (length <= piece and not work.resumes):
-            return work.run(0, length, work.take(tensors, 0, length), state, None)
-        *results, state = _InPieces.apply(work, length, piece, state, *tensors)
+        if at_once:
+            results, state = work.run(0, length, work.take(tensors, 0, length), state, None)
+        elif onto is not None and not torch.is_grad_enabled():
+            *results, state = _InPieces.apply(work, length, piece, state, onto, *tensors)
+            return tuple(results), state
+        else:
+            *results, state = _InPieces.apply(work, length, piece, state, None, *tensors)
+    if onto is not None:
+        results = (onto + results[0], *results[1:])
     return tuple(results), state
 
 
@@ -109,17 +151,29 @@ class _InPieces(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, work: PieceWork, length: int, piece: int, state: Tensor | None, *tensors: Tensor
+        ctx: Any,
+        work: PieceWork,
+        length: int,
+        piece: int,
+        state: Tensor | None,
+        onto: Tensor | None,
+        *tensors: Tensor,
     ) -> tuple[Tensor | None, ...]:
         results: tuple[Tensor, ...] = ()
         states = []
         for start in range(0, length, piece):
             stop = min(start + piece, length)
             states.append(state)
-            outputs, state = work.run(start, stop, work.take(tensors, start, stop), state, None)
-            results = results or tuple(x.new_empty(*x.shape[:2], length, *x.shape[3:]) for x in outputs)
-            for result, output in zip(results, outputs, strict=True):
-                result[:, :, start:stop] = output
+            outputs, state = work.run_without_graph(tensors, start, stop, state)
+            results = results or tuple(
+                x.new_empty(*x.shape[:2], length, *x.shape[3:]) if i or onto is None else onto
+                for i, x in enumerate(outputs)
+            )
+            for i, (result, output) in enumerate(zip(results, outputs, strict=True)):
+                if i or onto is None:
+                    result[:, :, start:stop] = output
+                else:
+                    result[:, :, start:stop] += output
         ctx.work, ctx.length, ctx.piece, ctx.counts = work, length, piece, (len(tensors), len(results))
         ctx.save_for_backward(*tensors, *(results if work.resumes else ()), *(() if state is None else states))
         ctx.mark_non_differentiable(*results[1:])
@@ -159,6 +213,6 @@ class _InPieces(torch.autograd.Function):
             )
             work.give(totals, start, stop, found[: len(operands)])
             grad_state = None if state is None else found[-1]
-        needed = ctx.needs_input_grad[4:]
+        needed = ctx.needs_input_grad[5:]
         returned = [t.to(x.dtype) if need else None for t, x, need in zip(totals, tensors, needed, strict=True)]
-        return None, None, None, grad_state, *returned
+        return None, None, None, grad_state, None, *returned

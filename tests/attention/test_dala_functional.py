@@ -7,9 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from danon_lightning.attention.dala.functional import _Work
 from danon_lightning.attention.dala.memory import memory_scores, select_memory
 from danon_lightning.attention.functional import dala_attention, dala_attention_reference, full_attention
 from danon_lightning.attention.merging import MASKED
+from danon_lightning.attention.recompute import PieceWork
 from danon_lightning.attention.rotary import apply_rotary, cell_positions
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -60,6 +62,28 @@ def test_without_gradients_the_values_are_the_same(tokens_at_once):
     for name in "kv":
         frozen = {**tensors, name: tensors[name].detach()}
         assert_same(frozen, dala_attention(**frozen, **settings), dala_attention_reference(**frozen, **settings))
+
+
+VARIED = [{}, {"memory_bias": None}, {"memory_size": 0}, {"importance_threshold": 0.9}]
+
+
+@pytest.mark.parametrize("padding", ["none", "ragged", "whole row"])
+@pytest.mark.parametrize("settings", VARIED, ids=str)
+def test_head_by_head_gives_what_all_heads_at_once_give(settings, padding, tokens_at_once, monkeypatch):
+    torch.manual_seed(0)
+    tensors = {**make_tensors(43), **SIZES, **settings, "key_padding_mask": make_mask(padding, 43)}
+    for scale in (1.0, 100.0):  # the second one lets most weights underflow
+        scaled = {**tensors, "q": tensors["q"] * scale}
+        ours, found = dala_attention(**scaled, return_stats=True)
+        torch.testing.assert_close(ours, dala_attention_reference(**scaled), rtol=0, atol=1e-10)
+        with monkeypatch.context() as patch:
+            patch.setattr(_Work, "run_without_graph", PieceWork.run_without_graph)
+            theirs, stats = dala_attention(**scaled, return_stats=True)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+        torch.testing.assert_close(found.memory_weight, stats.memory_weight, rtol=0, atol=1e-12)
+        seen = stats.lse > MASKED / 2
+        assert torch.equal(seen, found.lse > MASKED / 2)
+        torch.testing.assert_close(found.lse[seen], stats.lse[seen], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 7, 16, 100])

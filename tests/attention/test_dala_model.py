@@ -77,6 +77,30 @@ def test_recurrent_state_follows_its_definition():
     torch.testing.assert_close(module(x, q, k, v)[0], expected, rtol=0, atol=1e-12)
 
 
+def test_what_is_read_can_be_weighted_and_added_to_something(monkeypatch):
+    monkeypatch.setattr("danon_lightning.attention.pieces.TOKENS_AT_ONCE", 8)
+    torch.manual_seed(0)
+    module = RecurrentState(6, 4, 3).double()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    x = torch.randn(2, 11, 6, dtype=torch.float64)
+    q, k, v, onto = (torch.randn(2, heads, 11, 3, dtype=torch.float64) for heads in (4, 2, 2, 4))
+    weight = torch.randn(2, 4, 11, dtype=torch.float64)
+    leaves = [*module.parameters(), *(tensor.requires_grad_() for tensor in (x, q, k, v, onto, weight))]
+    ours = module(x, q, k, v, weight=weight, onto=onto)[0]
+    theirs = onto + weight.unsqueeze(-1) * module(x, q, k, v)[0]
+    upstream = torch.randn_like(ours)
+    grads = [torch.autograd.grad(output, leaves, upstream) for output in (ours, theirs)]
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    torch.testing.assert_close(*grads, rtol=0, atol=1e-10)
+    with torch.no_grad():
+        state = module.init_state(2, 2, device=x.device, dtype=x.dtype)
+        streamed = module(x, q, k, v, weight=weight, onto=onto, state=state)[0]
+        torch.testing.assert_close(streamed, theirs, rtol=0, atol=1e-12)
+        torch.testing.assert_close(module(x, q, k, v, weight=weight, onto=onto)[0], theirs, rtol=0, atol=1e-12)
+
+
 def test_a_group_enters_the_state_when_it_is_whole():
     torch.manual_seed(0)
     every, fifth = RecurrentState(6, 2, 3).double(), RecurrentState(6, 2, 3, update_frequency=5).double()

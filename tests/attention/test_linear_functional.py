@@ -227,3 +227,20 @@ def test_cuda_equals_cpu(rule):
     ours = RULES[rule][0](**{name: tensor.detach().cuda() for name, tensor in tensors.items()})
     for mine, other in zip(ours, RULES[rule][0](**tensors), strict=True):
         torch.testing.assert_close(mine.cpu(), other, rtol=0, atol=1e-10)
+
+
+def test_a_token_that_repeats_leaves_the_delta_rule_accurate_in_float32():
+    torch.manual_seed(0)
+    key = F.normalize(torch.randn(1, 2, 1, 16), dim=-1).expand(-1, -1, 150, -1)
+    tensors = key, key, torch.randn(1, 2, 150, 16), torch.zeros(1, 2, 150), torch.ones(1, 2, 150)
+    ours, exact = gated_delta_rule(*tensors), gated_delta_rule_reference(*(x.double() for x in tensors))
+    for mine, other in zip(ours, exact, strict=True):
+        torch.testing.assert_close(mine.double(), other, rtol=0, atol=1e-5)
+
+
+def test_the_delta_rule_has_no_second_derivative_and_says_so():
+    tensors = [torch.randn(1, 1, 20, 4, requires_grad=True) for _ in range(3)]
+    output, _ = gated_delta_rule(*tensors, torch.zeros(1, 1, 20), torch.ones(1, 1, 20))
+    [grad] = torch.autograd.grad(output.square().sum(), tensors[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()

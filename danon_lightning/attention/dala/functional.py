@@ -15,6 +15,7 @@ from danon_lightning.attention.dala.arguments import check_settings, check_tenso
 from danon_lightning.attention.dala.blocks import Blocks
 from danon_lightning.attention.dala.local import distance_coefficients, local_bias
 from danon_lightning.attention.dala.memory import add_to_tokens, memory_scores, select_memory, take_tokens
+from danon_lightning.attention.dala.scratch import Far, Near, Scratch, attend_head_by_head
 from danon_lightning.attention.joint import Joint, KeySet, joint_attention
 from danon_lightning.attention.merging import MASKED
 from danon_lightning.attention.recompute import PieceWork, in_pieces
@@ -150,14 +151,16 @@ def dala_attention(
     memory_tokens = select_memory(scores, block_size, memory_size)
     coefficients = distance_coefficients(distance_decay, window_width, dtype)
 
+    remembered = memory_tokens.shape[-1] > 0
+    if remembered:
+        # Whole rows are taken of them.
+        k, v = k.contiguous(), v.contiguous()
     tensors = [q, k, v, importance.unsqueeze(1), coefficients]
     if memory_bias is not None:
         tensors.append(memory_bias)
-    remembered = memory_tokens.shape[-1] > 0
     if remembered:
         masses = importance.gather(1, memory_tokens.clamp(min=0).flatten(1)).view(memory_tokens.shape)
-        # Whole rows are taken of them.
-        tensors += [masses.masked_fill(memory_tokens < 0, MASKED).unsqueeze(1), k.contiguous(), v.contiguous()]
+        tensors.append(masses.masked_fill(memory_tokens < 0, MASKED).unsqueeze(1))
     seed = int(torch.randint(2**31, ())) if dropout_p > 0.0 else 0
     work = _Work(blocks, memory_tokens if remembered else None, memory_bias is not None, rope_base, dropout_p, seed)
     (output, lses), _ = in_pieces(work, tensors, blocks.length, blocks.at_once * blocks.size)
@@ -188,27 +191,28 @@ class _Work(PieceWork):
         """Remember them."""
         self.blocks, self.tokens, self.biased, self.rope_base = blocks, tokens, biased, rope_base
         self.dropout_p, self.seed = dropout_p, seed
+        self.scratch = Scratch()
 
     def take(self, tensors: Sequence[Tensor], start: int, stop: int) -> Sequence[Tensor]:
         """Return queries, with the block before keys, values and masses, and what the memory holds."""
-        parts, rest = self._views(tensors, start, stop)
+        parts = self._views(tensors, start, stop)
         if self.tokens is None:
             return parts
         here = self.tokens[:, self.blocks.holding(start, stop)]
-        return [*parts, *(take_tokens(x, here, tensors[0].shape[1]) for x in rest)]
+        return [*parts, *(take_tokens(x, here, tensors[0].shape[1]) for x in tensors[1:3])]
 
     def give(self, totals: Sequence[Tensor], start: int, stop: int, grads: Sequence[Tensor]) -> None:
         """Undo ``take`` for gradients."""
-        parts, rest = self._views(totals, start, stop)
+        parts = self._views(totals, start, stop)
         for view, grad in zip(parts, grads, strict=False):
             view += grad
         if self.tokens is not None:
             here = self.tokens[:, self.blocks.holding(start, stop)]
-            for total, grad in zip(rest, grads[len(parts) :], strict=True):
+            for total, grad in zip(totals[1:3], grads[len(parts) :], strict=True):
                 add_to_tokens(total, here, grad)
 
-    def _views(self, tensors: Sequence[Tensor], start: int, stop: int) -> tuple[list[Tensor], Sequence[Tensor]]:
-        """Return what is a piece of the tensors, and those from which single tokens are taken."""
+    def _views(self, tensors: Sequence[Tensor], start: int, stop: int) -> list[Tensor]:
+        """Return what is a piece of the tensors."""
         q, k, v, mass, coefficients, *rest = tensors
         here, window = self.blocks.holding(start, stop), slice(max(0, start - self.blocks.size), stop)
         parts = [q[:, :, start:stop], *(x[:, :, window] for x in (k, v, mass))]
@@ -217,7 +221,24 @@ class _Work(PieceWork):
             parts.append(rest.pop(0)[:, :, start:stop])
         if self.tokens is not None:
             parts.append(rest.pop(0)[:, :, here])
-        return parts, rest
+        return parts
+
+    def run_without_graph(
+        self, tensors: Sequence[Tensor], start: int, stop: int, state: Tensor | None
+    ) -> tuple[tuple[Tensor, ...], None]:
+        """Attend to window and memory, in memory that is used again for the next piece where that is faster."""
+        q = tensors[0]
+        if q.device.type != "cpu" or q.dtype not in (torch.float32, torch.float64) or self.dropout_p > 0.0:
+            return self.run(start, stop, self.take(tensors, start, stop), state, None)
+        q, k, v, mass, coefficients, *rest = self._views(tensors, start, stop)
+        preference = rest.pop(0) if self.biased else None
+        near = Near(*self._window(start, q, k, v, mass), coefficients)
+        far = None
+        if self.tokens is not None:
+            tokens = self.tokens[:, self.blocks.holding(start, stop)]
+            far = Far(self._scaled(q), tensors[1], tensors[2], tokens, rest[0], preference)
+        joint = attend_head_by_head(near, far, q.shape[2], self.scratch)
+        return (joint.output, joint.lses), None
 
     def run(
         self, start: int, stop: int, operands: Sequence[Tensor], state: Tensor | None, known: Sequence[Tensor] | None
@@ -225,32 +246,42 @@ class _Work(PieceWork):
         """Attend to window and memory."""
         q, k, v, mass, coefficients, *rest = operands
         preference = rest.pop(0) if self.biased else None
-        sets = [self._window(start, q, k, v, mass, coefficients)]
+        repeats = q.shape[1] // k.shape[1]
+        if repeats > 1:
+            k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
+        query, key, value, masses, distances = self._window(start, q, k, v, mass)
+        sets = [KeySet(query, key, value, local_bias(coefficients, distances).unsqueeze(0) + masses)]
         if self.tokens is not None:
             masses, keys, values = rest
-            query = padded(q, 0, keys.shape[2] * self.blocks.size - q.shape[2]) * q.shape[-1] ** -0.5
-            query = query.unflatten(2, (-1, self.blocks.size))
-            sets.append(KeySet(query, keys, values, masses.unsqueeze(3), preference))
+            sets.append(KeySet(self._scaled(q), keys, values, masses.unsqueeze(3), preference))
         known = None if known is None else Joint(*known)
         joint = joint_attention(sets, q.shape[2], dropout_p=self.dropout_p, seed=self.seed + start, known=known)
         return tuple(joint), None
 
-    def _window(self, start: int, q: Tensor, k: Tensor, v: Tensor, mass: Tensor, coefficients: Tensor) -> KeySet:
-        """Return the own block and the one before, which the first block fills up."""
-        size, heads, width = self.blocks.size, q.shape[1], q.shape[-1]
+    def _scaled(self, q: Tensor) -> Tensor:
+        """Return the queries of the memory, block by block."""
+        size = self.blocks.size
+        return (padded(q, 0, -q.shape[2] % size) * q.shape[-1] ** -0.5).unflatten(2, (-1, size))
+
+    def _window(
+        self, start: int, q: Tensor, k: Tensor, v: Tensor, mass: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return queries, keys, values and masses of the own block and the one before, and the distances in it.
+
+        The first block fills up the one before it.
+        """
+        size, width = self.blocks.size, q.shape[-1]
         count, tokens = -(-q.shape[2] // size), q.shape[2]
         first = max(0, start - size)
         positions = cell_positions(first, k.shape[2], 1, q.device)
         tables = rotary_tables(positions, width, self.rope_base, q.dtype)
-        query = q if tables is None else rotate(q, tables[:, -tokens:])
+        scale = width**-0.5
+        query = q * scale if tables is None else rotate(q, tables[:, -tokens:] * scale)
         key = k if tables is None else rotate(k, tables)
         wide = size if self.blocks.count == 1 else 2 * size
         before, after = wide - size - (start - first), count * size - tokens
-        if k.shape[1] != heads:
-            key, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, v))
-        query = (padded(query, 0, after) * width**-0.5).unflatten(2, (count, size))
+        query = padded(query, 0, after).unflatten(2, (count, size))
         key, value = (windows(padded(x, before, after), count, size, wide) for x in (key, v))
         masses = windows(padded(mass.unsqueeze(-1), before, after, MASKED), count, size, wide)  # [b, 1, c, w, 1]
         columns = torch.arange(wide, device=q.device)
-        distances = columns[-size:].unsqueeze(-1) - columns
-        return KeySet(query, key, value, local_bias(coefficients, distances) + masses.mT)
+        return query, key, value, masses.mT, columns[-size:].unsqueeze(-1) - columns

@@ -6,7 +6,7 @@ from torch import Tensor
 from danon_lightning.attention.merging import MASKED
 from danon_lightning.attention.precision import without_autocast
 
-__all__ = ["distance_coefficients", "local_bias"]
+__all__ = ["distance_coefficients", "distance_powers", "local_bias"]
 
 
 def distance_coefficients(distance_decay: Tensor, window_width: Tensor | float, dtype: torch.dtype) -> Tensor:
@@ -40,9 +40,13 @@ def local_bias(coefficients: Tensor, distances: Tensor) -> Tensor:
     Returns:
         ``[..., m, w]``.
     """
-    past = distances.clamp(min=0).to(coefficients.dtype)
-    future = torch.where(distances < 0, MASKED, 0.0).to(past)
-    powers = torch.stack([past, past.square(), future]).flatten(1)
     # Biases of dozens would lose their fraction in bfloat16.
     with without_autocast(coefficients.device):
-        return (coefficients @ powers).unflatten(-1, distances.shape)
+        return (coefficients @ distance_powers(distances, coefficients.dtype)).unflatten(-1, distances.shape)
+
+
+def distance_powers(distances: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what ``distance_coefficients`` are multiplied with ``[3, m·w]``: Δ, Δ², and ``MASKED`` where Δ < 0."""
+    past = distances.clamp(min=0).to(dtype)
+    future = torch.where(distances < 0, MASKED, 0.0).to(past)
+    return torch.stack([past, past.square(), future]).flatten(1)

@@ -177,19 +177,28 @@ class DALAAttention(AttentionCore):
             output, new_state["softmax"] = stream_chunk(
                 q, k, v, state["softmax"], memory_size=self.memory_size, memory_bias=memory_bias, **settings
             )
-        if memory_bias is not None:
+        if memory_bias is not None and (state is not None or q.shape[2] <= 2 * self.config.block_size):
             # Short sequences remember nothing.
             output = keep_in_graph(output, memory_bias)
-        read = None
-        if self.recurrent is not None:
-            recurrent_state = None if state is None else state["recurrent"]
-            read, new_state["recurrent"] = self.recurrent(
-                x, q, k, v, key_padding_mask=key_padding_mask, state=recurrent_state
-            )
-            if logits is not None:
-                read = read * (2 * logits[:, -1].sigmoid()).to(read.dtype).unsqueeze(-1)
-        self._observe("route_outputs", lambda: self._routes(q, k, v, output, memory_bias, read, settings))
-        return (output if read is None else output + read), None if state is None else new_state
+        if self.recurrent is None:
+            self._observe("route_outputs", lambda: self._routes(q, k, v, output, memory_bias, None, settings))
+            return output, None if state is None else new_state
+        # What is read is added to the rest piece by piece, unless somebody wants to see it by itself.
+        apart = self._is_observed("route_outputs")
+        result, new_state["recurrent"] = self.recurrent(
+            x,
+            q,
+            k,
+            v,
+            weight=_state_weight(logits),
+            onto=None if apart else output,
+            key_padding_mask=key_padding_mask,
+            state=None if state is None else state["recurrent"],
+        )
+        if apart:
+            self._observe("route_outputs", lambda: self._routes(q, k, v, output, memory_bias, result, settings))
+            result = output + result
+        return result, None if state is None else new_state
 
     def _settings(self, log_importance: Tensor, first: int, key_padding_mask: Tensor | None) -> dict[str, Any]:
         """Return the arguments of the softmax part, beside queries, keys, values and memory."""
@@ -227,9 +236,8 @@ class DALAAttention(AttentionCore):
         if self.memory_size:
             routes["memory"] = stats.memory_weight
         if self.recurrent is not None:
-            recalled = self.recurrent(x, q, k, v, key_padding_mask=key_padding_mask, state=None)[0]
-            if self.router is not None:
-                recalled = recalled * (2 * self.router(x)[:, -1].sigmoid()).to(recalled.dtype).unsqueeze(-1)
+            weight = _state_weight(None if self.router is None else self.router(x))
+            recalled = self.recurrent(x, q, k, v, weight=weight, key_padding_mask=key_padding_mask)[0]
             precise = torch.promote_types(output.dtype, torch.float32)
             state, softmax = (part.to(precise).norm(dim=-1) for part in (recalled, output))
             share = state / (state + softmax).clamp(min=torch.finfo(state.dtype).tiny)
@@ -269,6 +277,11 @@ class DALAAttention(AttentionCore):
         if read is not None:
             routes.append(read)
         return torch.stack(routes, dim=1)
+
+
+def _state_weight(logits: Tensor | None) -> Tensor | None:
+    """Return what the logits of the router give the state ``[b, H, n]``: one where they are zero."""
+    return None if logits is None else 2 * logits[:, -1].sigmoid()
 
 
 class DALAModel(AttentionModel):

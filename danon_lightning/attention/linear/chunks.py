@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from danon_lightning.attention.exponential import exp_or_zero_
+
 __all__ = ["Chunks", "chunked", "cumulated", "decay_between", "decay_to_end"]
 
 # Its exponential is zero in every dtype, and so is the gradient there: raising stronger decays to this changes nothing,
@@ -96,7 +98,7 @@ def decay_between(log_decay: Tensor, dtype: torch.dtype) -> Tensor:
     coarse = log_decay.to(dtype)
     fine = (log_decay - coarse).to(dtype)
     differences = coarse.unsqueeze(-1) - coarse.unsqueeze(-2)
-    return differences.add_(fine.unsqueeze(-1) - fine.unsqueeze(-2)).add_(future).exp_()
+    return exp_or_zero_(differences.add_(fine.unsqueeze(-1) - fine.unsqueeze(-2)).add_(future))
 
 
 def decay_to_end(log_decay: Tensor, dtype: torch.dtype) -> Tensor:

@@ -44,22 +44,24 @@ def _advance(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, s
     q, k, v, beta = (x.flatten(0, 1) for x in (q, k, v, beta))
     decay = decay_between(log_decay, dtype).flatten(0, 1)
     from_start = log_decay.exp().to(dtype).flatten(0, 1).unsqueeze(-1)
-    similar, weights = k @ k.mT * decay, q @ k.mT * decay
-    # Only what is below the diagonal is read. Both right-hand sides at once: u = free - bound @ S.
-    right = torch.cat([beta * v, beta * from_start * k], dim=-1)
-    solved = torch.linalg.solve_triangular(beta * similar, right, upper=False, unitriangular=True)
-    free, bound = solved.split([v.shape[-1], k.shape[-1]], dim=-1)
+    weights = (q @ k.mT).mul_(decay)
+    scaled = beta * k
+    # Only what is below the diagonal is read. The backward pass needs the inverse too, transposed.
+    identity = torch.eye(k.shape[-2], dtype=dtype, device=k.device).expand_as(decay)
+    inverse = torch.linalg.solve_triangular((scaled @ k.mT).mul_(decay), identity, upper=False, unitriangular=True)
+    # The updates are u = free - bound @ S.
+    free, bound = inverse @ (beta * v), inverse @ (scaled * from_start)
     # From chunk to chunk the state undergoes an affine map.
     keys = (k * decay_to_end(log_decay, dtype).flatten(0, 1)).mT
-    kept = torch.eye(k.shape[-1], dtype=dtype, device=k.device) * from_start[:, -1:]
-    factors, summands = (x.unflatten(0, outer) for x in (kept - keys @ bound, keys @ free))
+    kept = torch.diag_embed(from_start[:, -1].expand(-1, k.shape[-1]))
+    factors, summands = (x.unflatten(0, outer) for x in (kept.baddbmm_(keys, bound, alpha=-1), keys @ free))
     states = [state]
     for factor, summand in zip(factors.unbind(1), summands.unbind(1), strict=True):
         states.append(torch.baddbmm(summand, factor, states[-1]))
     before = torch.stack(states[:-1], dim=1).flatten(0, 1)
     updates = torch.baddbmm(free, bound, before, alpha=-1)
-    output = torch.baddbmm(q @ before * from_start, weights, updates)
-    return output.unflatten(0, outer), states[-1], decay, similar, weights, bound, factors, before, updates
+    output = (q @ before).mul_(from_start).baddbmm_(weights, updates)
+    return output.unflatten(0, outer), states[-1], decay, weights, inverse, bound, factors, before, updates
 
 
 class _Replace(torch.autograd.Function):
@@ -74,7 +76,7 @@ class _Replace(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        q, k, v, log_decay, beta, last, decay, similar, weights, bound, factors, before, updates = ctx.saved_tensors
+        q, k, v, log_decay, beta, last, decay, weights, inverse, bound, factors, before, updates = ctx.saved_tensors
         outer, dtype = q.shape[:2], q.dtype
         grad = grads[0].flatten(0, 1)
         q, k, v, beta = (x.flatten(0, 1) for x in (q, k, v, beta))
@@ -94,7 +96,7 @@ class _Replace(torch.autograd.Function):
         after = after.flatten(0, 1)
 
         grad_updates = torch.baddbmm(grad_updates, k * to_end, after)
-        grad_right = torch.linalg.solve_triangular((beta * similar).mT, grad_updates, upper=True, unitriangular=True)
+        grad_right = inverse.mT @ grad_updates
         grad_similar = (grad_right @ updates.mT).mul_(decay).tril_(-1).neg_()
         grad_products = (grad @ updates.mT).mul_(decay)
         grad_q = torch.baddbmm(grad @ before.mT * from_start, grad_products, k)

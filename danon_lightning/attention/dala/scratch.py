@@ -1,0 +1,140 @@
+"""The softmax part of DALA without a graph, on CPUs: head by head, in memory that is used again and again.
+
+What one head needs for a few blocks, logits and the rows of its memory, stays in the cache of the processor core, and
+no memory is asked for that the system would first have to empty.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from danon_lightning.attention.dala.local import distance_powers
+from danon_lightning.attention.exponential import exp_or_zero_
+from danon_lightning.attention.joint import Joint
+from danon_lightning.attention.merging import MASKED, has_visible_keys
+
+__all__ = ["Far", "Near", "Scratch", "attend_head_by_head"]
+
+
+class Scratch:
+    """Tensors by name that are made once and then used again."""
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        self._held: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
+        """Return a tensor of this shape, and of the dtype and device of ``like``, with anything in it."""
+        size = math.prod(shape)
+        held = self._held.get(name)
+        if held is None or held.numel() < size:
+            held = self._held[name] = like.new_empty(size)
+        return held[:size].view(*shape)
+
+
+class Near(NamedTuple):
+    """The window.
+
+    Attributes:
+        query: Queries, already scaled ``[b, H, c, t, d]``.
+        key: Keys ``[b, G, c, w, d]``.
+        value: Values ``[b, G, c, w, d]``.
+        mass: Logarithms of importance ``[b, 1, c, 1, w]``.
+        distances: Positions of queries minus those of keys ``[t, w]``.
+        coefficients: What powers of the distance are multiplied with ``[H, c or 1, 3]``.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mass: Tensor
+    distances: Tensor
+    coefficients: Tensor
+
+
+class Far(NamedTuple):
+    """The memory.
+
+    Attributes:
+        query: Queries, already scaled ``[b, H, c, t, d]``.
+        keys: All keys ``[b, G, n, d]``.
+        values: All values ``[b, G, n, d]``.
+        tokens: The tokens that are remembered ``[b, c, m]``; negative ones are none.
+        mass: Logarithms of their importance ``[b, 1, c, m]``, ``MASKED`` where there is none.
+        preference: Added to all logits of a row ``[b, H, n]``; ``None`` means zero.
+    """
+
+    query: Tensor
+    keys: Tensor
+    values: Tensor
+    tokens: Tensor
+    mass: Tensor
+    preference: Tensor | None
+
+
+def attend_head_by_head(near: Near, far: Far | None, rows: int, scratch: Scratch) -> Joint:
+    """Attend to window and memory in one softmax.
+
+    Args:
+        near: The window.
+        far: The memory; ``None``: there is none.
+        rows: Queries that there are; the others fill up the last block.
+        scratch: Memory to work in.
+
+    Returns:
+        What ``joint_attention`` returns for the two sets.
+    """
+    query, key, value, mass, distances, coefficients = near
+    powers = distance_powers(distances, coefficients.dtype)
+    batch, heads, count, tokens, width = query.shape
+    repeats = heads // key.shape[1]
+    output = query.new_empty(batch, heads, count, tokens, width)
+    peak = query.new_empty(batch, heads, count, tokens, 1)
+    sums = query.new_empty(2 if far else 1, batch, heads, count, tokens, 1)
+    shift = peak
+    if far is not None and far.preference is not None:
+        preference = query.new_zeros(batch, heads, count * tokens)
+        preference[:, :, :rows] = far.preference
+        preference = preference.view_as(peak)
+        shift = torch.empty_like(peak)
+    here = scratch.take("window", (count, tokens, key.shape[-2]), query)
+    for b in range(batch):
+        chosen = None if far is None else far.tokens[b].clamp(min=0).flatten()
+        for h in range(heads):
+            g = h // repeats
+            out, top, to_take = output[b, h], peak[b, h], shift[b, h]
+            torch.mm(coefficients[h].expand(count, -1), powers, out=here.view(count, -1))
+            here.baddbmm_(query[b, h], key[b, g].mT).add_(mass[b, 0])
+            torch.amax(here, dim=-1, keepdim=True, out=top)
+            if far is not None and chosen is not None:
+                there = scratch.take("memory", (count, tokens, far.mass.shape[-1]), query)
+                taken = scratch.take("rows", (len(chosen), width), query)
+                table = taken.view(count, -1, width)
+                torch.index_select(far.keys[b, g], 0, chosen, out=taken)
+                torch.bmm(far.query[b, h], table.mT, out=there).add_(far.mass[b, 0].unsqueeze(1))
+                best = there.amax(dim=-1, keepdim=True)
+                if far.preference is None:
+                    torch.maximum(top, best, out=top)
+                else:
+                    torch.maximum(top, best.add_(preference[b, h]), out=top)
+                    torch.sub(top, preference[b, h], out=to_take)
+                exp_or_zero_(there.sub_(to_take))
+                torch.sum(there, dim=-1, keepdim=True, out=sums[1, b, h])
+                torch.index_select(far.values[b, g], 0, chosen, out=taken)
+                torch.bmm(there, table, out=out)
+            exp_or_zero_(here.sub_(top))
+            torch.sum(here, dim=-1, keepdim=True, out=sums[0, b, h])
+            if far is None:
+                torch.bmm(here, value[b, g], out=out)
+            else:
+                out.baddbmm_(here, value[b, g])
+            total = sums[:, b, h].sum(dim=0)
+            # Of rows that see nothing, nothing is left.
+            out.mul_(total.reciprocal_().masked_fill_(~has_visible_keys(top), 0.0))
+    # Sets of which nothing counts have a sum of zero.
+    lses = torch.where(sums > 0, peak + sums.clamp(min=torch.finfo(sums.dtype).tiny).log(), MASKED)
+    lses = lses.view(len(sums), batch, heads, -1).movedim(0, -1)
+    return Joint(output.flatten(2, 3)[:, :, :rows], lses[:, :, :rows])
