@@ -41,7 +41,7 @@ from danon_lightning.testing import EmulatedHosts, run_distributed
 NODES, RANKS = 2, 2
 LAYERS, BATCH = 8, 32
 # Features of a sample, numbers of a layer's weight, and seconds that the forward pass of a layer waits for a sample.
-MODELS = {"narrow": (256, 1 << 18, 0.001), "wide": (4096, 1 << 20, 0.002)}
+MODELS = {"narrow": (256, 1 << 18, 0.003), "wide": (4096, 1 << 20, 0.005)}
 LAYOUTS = [
     Layout(4),
     Layout(4, compression="int8"),
