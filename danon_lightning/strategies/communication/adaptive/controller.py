@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from danon_lightning.strategies.communication.adaptive.choice import Chooser
+from danon_lightning.strategies.communication.adaptive.experience import Experience
 from danon_lightning.strategies.communication.adaptive.forecast import Forecaster
 from danon_lightning.strategies.communication.adaptive.measurement import Measured
 from danon_lightning.strategies.communication.adaptive.settings import AutoCompression, Candidate, label
@@ -16,6 +17,9 @@ from danon_lightning.strategies.communication.cost_model.traffic import Paramete
 OFF = "off"
 # The first step is slower than all others, and DDP regroups its buckets after it.
 FIRST_LOOK = 2
+# So a choice is made there only if it makes steps shorter by this share; else after a few more, which show what steps
+# take uncompressed.
+_CLEAR_GAIN = 0.5
 # A bandwidth that has changed by this factor since the last look has changed; else it is noise.
 _CHANGED = 1.5
 # What is measured on fast links depends on how busy processors are: less than this contradicts nothing.
@@ -26,12 +30,12 @@ _RECENT_LOOKS, _TO_AND_FRO, _DISTRUST_LOOKS = 24, 4, 12
 _MOST_DOUBT, _LESS_DOUBT = 8.0, 0.9
 # Unless the difference is so many times as large as what may be noise, a probe waits until it takes but this share of
 # the time since the last one.
-_LARGE, _PROBING_SHARE = 5.0, 0.03
+_LARGE, _PROBING_SHARE = 5.0, 0.01
 # What a look may want: nothing, a look at whether the link has become much faster, or a measurement of it.
 NOTHING, PING, PROBE = 0, 1, 2
 # What the second takes on a link that has not, and the share of the time that it may take.
 PING_SECONDS = 0.02
-_PINGING_SHARE = 0.03
+_PINGING_SHARE = 0.015
 
 _UNCOMPRESSED = "Gradients travel uncompressed"
 
@@ -63,7 +67,8 @@ class Controller:
     Attributes:
         current: Name of the present choice.
         probe_seconds: What the last probe has taken; 0 before the first one.
-        predictions: Seconds of a step with each candidate, as of the last look; empty where nothing is known.
+        predictions: Seconds of a step with each candidate, as of the last look: of those that were tried what they have
+            taken. Empty where nothing is known.
         warning: What is to be warned of once, if anything.
     """
 
@@ -81,8 +86,8 @@ class Controller:
         self.probe_seconds = 0.0
         self.warning = ""
         self._allowed: set[str] = set(candidates)
-        self._chooser = Chooser(settings)
-        self._has_chosen = self._has_warned = False
+        self._chooser, self._experience = Chooser(settings), Experience()
+        self._has_chosen = self._hesitates = self._has_warned = False
         self._looks, self._changes = 0, deque[tuple[int, float]]()  # at which look, by which factor
         self._doubt, self._seconds_since_ping, self._seconds_since_probe = 1.0, 0.0, 0.0
         self._has_link_changed = False
@@ -195,19 +200,34 @@ class Controller:
             )
         if measured is None:
             return None
-        self._has_chosen = True
-        seconds = {
-            name: measured.compute_seconds + forecaster.exposed_seconds(name, compressor, measured, buckets, step)
-            for name, compressor in self.candidates.items()
-            if name in self._allowed
-        }
+        bandwidth = forecaster.bits_per_second
+        if not first or self._hesitates:  # the first steps are slower than all others
+            self._experience.note(
+                self.current, bandwidth, measured.step_seconds, self._looks,
+                computing=measured.compute_seconds, codes=self.current != OFF,
+            )  # fmt: skip
+        seconds: dict[str, float] = {}
+        for name in self._allowed_candidates():
+            known = self._experience.recall(name, bandwidth, self._looks)
+            if known is None:
+                computing = self._experience.computing(codes=name != OFF) or measured.compute_seconds
+                known = computing + forecaster.exposed_seconds(name, self.candidates[name], measured, buckets, step)
+            seconds[name] = known
         self.predictions = seconds
+        self._hesitates = first and not self._hesitates and min(seconds.values()) > (1 - _CLEAR_GAIN) * seconds[OFF]
+        if self._hesitates:
+            return None
+        self._has_chosen = True
         # Against a change that has been seen speaks nothing but the numbers either.
         chosen = self._chooser.update(seconds, self.current, at_once=first or self._has_link_changed)
         self._has_link_changed = False
         if chosen == self.current and not first:
             return None
         return self._decide(step, chosen, self._why(chosen, seconds, forecaster.bits_per_second))
+
+    def _allowed_candidates(self) -> list[str]:
+        """From the least lossy one on."""
+        return [name for name in self.candidates if name in self._allowed]
 
     def _decide(self, step: int, name: str, sentence: str) -> Decision:
         self.current = name
