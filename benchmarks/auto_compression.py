@@ -208,7 +208,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--mbit", type=rate, nargs="+", help="rates of each host's link, 0 for unshaped (default: 100 1000 0)")
     add("--rounds", type=positive_int, default=3, help="turns of each exchange, at least (default: %(default)s)")
     add("--seconds", type=positive_float, default=30, help="that turns go on for, at least (default: %(default)s)")
-    add("--settle", type=positive_int, default=35, help='steps that "auto" has to settle (default: %(default)s)')
+    add("--settle", type=positive_int, default=60, help='steps that "auto" has to settle (default: %(default)s)')
     add("--no-changes", action="store_true", help="leave out the changes of bandwidth")
     add("--timeout", type=positive_float, default=3600, help="seconds for all (default: %(default)s)")
     add_output_files(parser, "step times")
