@@ -32,17 +32,14 @@ def cell_positions(first: int, count: int, span: int, device: torch.device) -> T
     return torch.arange(first, first + count, device=device, dtype=dtype) * span + (span - 1) / 2
 
 
-def rotary_tables(
-    positions: Tensor, width: int, base: float | None, dtype: torch.dtype, *, scale: float = 1.0
-) -> Tensor | None:
-    """Return the cosines of the angles of each position, and the sines, times ``scale``, for ``rotate``.
+def rotary_tables(positions: Tensor, width: int, base: float | None, dtype: torch.dtype) -> Tensor | None:
+    """Return the cosines of the angles of each position, and the sines, for ``rotate``, which takes them scaled too.
 
     Args:
         positions: Positions ``[n]`` in tokens; they may be fractional.
         width: Width d of what is rotated.
         base: Base of the geometric series of wavelengths.
         dtype: Dtype of what is rotated; tables are in float32 at least.
-        scale: What ``rotate`` multiplies with too.
 
     Returns:
         ``[2, n, d/2]``; ``None`` without a base.
@@ -51,7 +48,7 @@ def rotary_tables(
         return None
     exponents = torch.arange(0, width, 2, device=positions.device, dtype=positions.dtype) / width
     angles = positions.unsqueeze(-1) * base**-exponents  # [n, d/2]
-    return (torch.stack([angles.cos(), angles.sin()]) * scale).to(torch.promote_types(dtype, torch.float32))
+    return torch.stack([angles.cos(), angles.sin()]).to(torch.promote_types(dtype, torch.float32))
 
 
 def rotate(x: Tensor, tables: Tensor) -> Tensor:
