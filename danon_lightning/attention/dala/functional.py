@@ -13,13 +13,14 @@ from torch import Tensor
 
 from danon_lightning.attention.dala.arguments import check_settings, check_tensors
 from danon_lightning.attention.dala.blocks import Blocks
+from danon_lightning.attention.dala.head_by_head import Far, Near, attend_head_by_head
 from danon_lightning.attention.dala.local import distance_coefficients, local_bias
 from danon_lightning.attention.dala.memory import add_to_tokens, memory_scores, select_memory, take_tokens
-from danon_lightning.attention.dala.scratch import Far, Near, Scratch, attend_head_by_head
 from danon_lightning.attention.joint import Joint, KeySet, joint_attention
 from danon_lightning.attention.merging import MASKED
 from danon_lightning.attention.recompute import PieceWork, in_pieces
 from danon_lightning.attention.rotary import cell_positions, rotary_tables, rotate
+from danon_lightning.attention.scratch import Scratch
 from danon_lightning.attention.windows import padded, windows
 
 __all__ = ["DALAStats", "dala_attention"]

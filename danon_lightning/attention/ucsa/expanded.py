@@ -7,7 +7,8 @@ from torch import Tensor
 
 from danon_lightning.attention.dropout import dropout_factors
 from danon_lightning.attention.merging import MASKED
-from danon_lightning.attention.ucsa.gathered import Scratch, attend_gathered, gradients_of_gathered
+from danon_lightning.attention.scratch import Scratch
+from danon_lightning.attention.ucsa.gathered import attend_gathered, gradients_of_gathered
 from danon_lightning.attention.ucsa.sources import Sources
 from danon_lightning.attention.ucsa.tiles import Tiles
 

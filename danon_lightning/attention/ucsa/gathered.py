@@ -1,34 +1,17 @@
 """Attention to groups of keys that queries have chosen, tile by tile."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from danon_lightning.attention.dropout import Keep
 from danon_lightning.attention.merging import MASKED
+from danon_lightning.attention.scratch import Scratch
 from danon_lightning.attention.ucsa.products import attend, biased_logits, gradients
 from danon_lightning.attention.ucsa.tiles import Tiles
 
-__all__ = ["Scratch", "attend_gathered", "gradients_of_gathered"]
-
-
-class Scratch:
-    """Memory for what is only needed for a while: to get it from the system each time costs more than to use it."""
-
-    def __init__(self) -> None:
-        """Begin without any."""
-        self._memory: Tensor | None = None
-
-    def take(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return a tensor of any values, in the place of the one returned before."""
-        size = math.prod(shape)
-        memory = self._memory
-        if memory is None or memory.dtype != dtype or memory.numel() < size:
-            self._memory = None
-            memory = self._memory = torch.empty(size, dtype=dtype, device=device)
-        return memory[:size].view(*shape)
+__all__ = ["attend_gathered", "gradients_of_gathered"]
 
 
 def attend_gathered(
@@ -56,7 +39,7 @@ def attend_gathered(
         that are absent; float32 or float64.
     """
     precise = torch.promote_types(query.dtype, torch.float32)
-    outputs = (scratch or Scratch()).take((*tiles.query.shape, query.shape[-1]), precise, query.device)
+    outputs = (scratch or Scratch()).take("places", (*tiles.query.shape, query.shape[-1]), precise, query.device)
     lses = query.new_empty(tiles.query.shape, dtype=precise)
     for some, output, lse in tiles.split(keys.shape[2], outputs, lses):
         key, value = some.take_groups(keys), some.take_groups(values)
@@ -95,7 +78,7 @@ def gradients_of_gathered(
         scratch: Memory for what is computed on the way.
     """
     grad, lse, shift = upstream
-    places = (scratch or Scratch()).take((*tiles.query.shape, query.shape[-1]), query.dtype, query.device)
+    places = (scratch or Scratch()).take("places", (*tiles.query.shape, query.shape[-1]), query.dtype, query.device)
     for some, place in tiles.split(sources[0].shape[2], places):
         grads = gradients(
             some.take_queries(query),

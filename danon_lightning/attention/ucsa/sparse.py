@@ -20,8 +20,8 @@ from torch.autograd.function import once_differentiable
 
 from danon_lightning.attention.merging import MASKED, has_visible_keys
 from danon_lightning.attention.precision import without_autocast
+from danon_lightning.attention.scratch import Scratch
 from danon_lightning.attention.ucsa.expanded import ExpandedBlocks
-from danon_lightning.attention.ucsa.gathered import Scratch
 from danon_lightning.attention.ucsa.layout import Layout
 from danon_lightning.attention.ucsa.piece import Piece
 from danon_lightning.attention.ucsa.sources import Sources

@@ -4,8 +4,6 @@ What one head needs for a few blocks, logits and the rows of its memory, stays i
 no memory is asked for that the system would first have to empty.
 """
 
-import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,24 +13,9 @@ from danon_lightning.attention.dala.local import distance_powers
 from danon_lightning.attention.exponential import exp_or_zero_
 from danon_lightning.attention.joint import Joint
 from danon_lightning.attention.merging import MASKED, has_visible_keys
+from danon_lightning.attention.scratch import Scratch
 
-__all__ = ["Far", "Near", "Scratch", "attend_head_by_head"]
-
-
-class Scratch:
-    """Tensors by name that are made once and then used again."""
-
-    def __init__(self) -> None:
-        """Begin with none."""
-        self._held: dict[str, Tensor] = {}
-
-    def take(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
-        """Return a tensor of this shape, and of the dtype and device of ``like``, with anything in it."""
-        size = math.prod(shape)
-        held = self._held.get(name)
-        if held is None or held.numel() < size:
-            held = self._held[name] = like.new_empty(size)
-        return held[:size].view(*shape)
+__all__ = ["Far", "Near", "attend_head_by_head"]
 
 
 class Near(NamedTuple):
@@ -100,7 +83,8 @@ def attend_head_by_head(near: Near, far: Far | None, rows: int, scratch: Scratch
         preference[:, :, :rows] = far.preference
         preference = preference.view_as(peak)
         shift = torch.empty_like(peak)
-    here = scratch.take("window", (count, tokens, key.shape[-2]), query)
+    kind = query.dtype, query.device
+    here = scratch.take("window", (count, tokens, key.shape[-2]), *kind)
     for b in range(batch):
         chosen = None if far is None else far.tokens[b].clamp(min=0).flatten()
         for h in range(heads):
@@ -110,8 +94,8 @@ def attend_head_by_head(near: Near, far: Far | None, rows: int, scratch: Scratch
             here.baddbmm_(query[b, h], key[b, g].mT).add_(mass[b, 0])
             torch.amax(here, dim=-1, keepdim=True, out=top)
             if far is not None and chosen is not None:
-                there = scratch.take("memory", (count, tokens, far.mass.shape[-1]), query)
-                taken = scratch.take("rows", (len(chosen), width), query)
+                there = scratch.take("memory", (count, tokens, far.mass.shape[-1]), *kind)
+                taken = scratch.take("rows", (len(chosen), width), *kind)
                 table = taken.view(count, -1, width)
                 torch.index_select(far.keys[b, g], 0, chosen, out=taken)
                 torch.bmm(far.query[b, h], table.mT, out=there).add_(far.mass[b, 0].unsqueeze(1))
