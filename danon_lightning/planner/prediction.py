@@ -259,8 +259,7 @@ class Predictor:
 
     def _coding(self, compression: str | None) -> CodingCosts:
         costs = self._costs if self._costs is not None else coding_costs(compression)
-        speed = self.cluster.speed
-        return CodingCosts(*(getattr(costs, name) / speed for name in CodingCosts.__dataclass_fields__))
+        return costs.times(1 / self.cluster.speed)
 
     def _spread(self, mesh: Mesh, rank: int, trained: Named) -> tuple[float, float]:
         """Bytes that a node sends while replicas hand out what they have moved, and the seconds that it takes."""

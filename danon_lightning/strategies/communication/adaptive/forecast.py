@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -142,7 +142,7 @@ class Forecaster:
             replace(self.links, inter=replace(inter, bytes_per_second=bandwidth)),
             compression=compressor,
             hierarchical=self.hierarchical,
-            costs=CodingCosts(*(load * seconds for seconds in astuple(costs))),
+            costs=costs.times(load),
             ready=measured.ready,
             step=step,
             device=self.device,

@@ -53,6 +53,10 @@ class CodingCosts:
     decode_region: float = 0.0
     decode_add_region: float = 0.0
 
+    def times(self, factor: float) -> "CodingCosts":
+        """On a processor that takes so many times as long."""
+        return CodingCosts(*(factor * seconds for seconds in astuple(self)))
+
 
 NO_COSTS = CodingCosts()
 
