@@ -163,7 +163,7 @@ def check_bandwidth(folder):
                 )
 
             auto._meter.to_numbers = numbers
-            auto._probe = lambda: bandwidth
+            auto._probe.measure = lambda: bandwidth
             for step in range(90):
                 bandwidth = 1e9 if step < 33 or step >= 62 else 1e5
                 give(ddp, given_gradients(step, mesh.rank))

@@ -10,6 +10,7 @@ from typing import Any
 from danon_lightning.strategies.communication.adaptive.choice import Chooser
 from danon_lightning.strategies.communication.adaptive.experience import Experience
 from danon_lightning.strategies.communication.adaptive.forecast import Forecaster
+from danon_lightning.strategies.communication.adaptive.link_probe import PING_SECONDS
 from danon_lightning.strategies.communication.adaptive.measurement import Measured
 from danon_lightning.strategies.communication.adaptive.settings import AutoCompression, Candidate, label
 from danon_lightning.strategies.communication.cost_model.traffic import Parameters
@@ -33,8 +34,7 @@ _MOST_DOUBT, _LESS_DOUBT = 8.0, 0.9
 _LARGE, _PROBING_SHARE = 5.0, 0.01
 # What a look may want: nothing, a look at whether the link has become much faster, or a measurement of it.
 NOTHING, PING, PROBE = 0, 1, 2
-# What the second takes on a link that has not, and the share of the time that it may take.
-PING_SECONDS = 0.02
+# The share of the time that the second may take.
 _PINGING_SHARE = 0.015
 
 _UNCOMPRESSED = "Gradients travel uncompressed"
