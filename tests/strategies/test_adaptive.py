@@ -72,7 +72,10 @@ class World:
         if wanted == PROBE or (wanted == PING and self.mbit * 1e6 > 2 * believed):
             self.probes += 1
             self.controller.take_probe(self.mbit * MBIT if probe is None else probe, measured, BUCKETS, self.step)
-        return self.controller.decide(measured, BUCKETS, self.step)
+        decision = self.controller.decide(measured, BUCKETS, self.step)
+        if decision is not None:
+            self.controller.current = decision.name
+        return decision
 
     def run(self, steps, noise=None):
         """Returns the decisions."""

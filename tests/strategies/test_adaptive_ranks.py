@@ -1,5 +1,6 @@
 """Changes of the compression on ranks that exchange: at one step, and without losing anything."""
 
+import itertools
 import os
 import sys
 import warnings
@@ -21,6 +22,7 @@ from danon_lightning.testing import run_distributed
 sys.path.insert(0, str(Path(__file__).parent))  # each rank imports this file anew, and its neighbour with it
 from plain_module import (  # noqa: E402
     SHAPES,
+    Given,
     PlainModule,
     emulated_mesh,
     exchange,
@@ -46,10 +48,7 @@ def follow(communicator, names):
     left = list(names)
 
     def decide(measured, buckets, step):
-        if not left:
-            return None
-        communicator._auto.controller.current = left.pop(0)
-        return Decision(step, communicator._auto.controller.current, "because")
+        return Decision(step, left.pop(0), "because") if left else None
 
     communicator._auto.controller.decide = decide
     communicator._auto.controller.wants_probe = lambda *args: False
@@ -131,12 +130,42 @@ def check_not_finite(folder):
                     continue
                 assert communicator.finite is True
                 sent, due = add(sent, delivered), add(due, mean_of(step, 2))
-                assert communicator.compression == {1: "sign", 2: "sign", 5: "off", 7: "off"}[step]
+                assert communicator.compression == {1: "off", 2: "sign", 5: "off", 7: "off"}[step]
             state = communicator.state_dict()
             assert communicator.stats()["skipped_steps"] == 4
             if mesh.rank == 0:
                 check_conservation(sent, due, state["mean"]["residual"], "after NaN")
                 assert state["mean"]["residual"] == {}
+
+
+def check_dense_not_finite(folder):
+    """While gradients travel dense no rank asks the others, and yet all of them know, wherever a bad element is."""
+    adaptation.probe_links = known_links
+    layouts = [(1, 2, "auto"), (2, 1, "auto"), (2, 2, "auto"), (2, 2, False)]
+    types = [torch.float32, torch.float64, torch.float16]
+    for (nodes, ranks, hierarchical), dtype in itertools.product(layouts, types):
+        with emulated_mesh(nodes, ranks, folder) as mesh:
+            if mesh is None:
+                continue
+            options = {"model": Given(dtype=dtype), "hierarchical": hierarchical, "loss_scale": lambda: 4.0}
+            with exchange(mesh, AutoCompression(candidates=[]), **options) as (ddp, communicator):
+                communicator._agree = None
+                for step, name in enumerate(SHAPES):
+                    gradients = given_gradients(step, mesh.rank, dtype=dtype)
+                    if mesh.rank == step % mesh.world_size:
+                        bad = (torch.inf, torch.nan, -torch.inf)[step % 3]
+                        gradients[name].view(-1)[-1 if step % 2 else 0] = bad
+                    delivered = give(ddp, gradients, loss_scale=4.0)
+                    note = f"{mesh}, {hierarchical}, {dtype}, {name}"
+                    assert communicator.finite is False, f"{note}: unnoticed"
+                    assert not all(torch.isfinite(tensor).all() for tensor in delivered.values()), f"{note}: hidden"
+                    give(ddp, given_gradients(100 + step, mesh.rank, dtype=dtype), loss_scale=4.0)
+                    assert communicator.finite is True, f"{note}: in the next step"
+                assert communicator.stats()["skipped_steps"] == len(SHAPES)
+
+
+def test_what_is_not_finite_on_one_rank_is_known_on_all_without_asking(tmp_path):
+    run_distributed(check_dense_not_finite, 4, str(tmp_path), timeout=200)
 
 
 def check_bandwidth(folder):
@@ -202,7 +231,7 @@ def check_failed_probe(folder):
                 for name, mean in mean_of(step, 2).items():
                     torch.testing.assert_close(delivered[name].double(), mean, rtol=1e-5, atol=1e-5)
             (decision,) = communicator.decisions()
-            assert decision == (2, "off", "Gradients travel uncompressed: the links could not be measured.")
+            assert decision == (3, "off", "Gradients travel uncompressed: the links could not be measured.")
 
     def fails(*args, **options):
         raise ZeroDivisionError("nothing to divide")
@@ -254,7 +283,7 @@ def run_and_save(folder):
             with exchange(mesh, settings(every_n_steps=2)) as (ddp, communicator):
                 follow(communicator, ["powersgd", "sign", "topk(density=0.05)"])
                 states = []
-                for step in range(7):
+                for step in range(8):
                     sent, due = add(sent, give(ddp, given_gradients(step, mesh.rank))), add(due, mean_of(step, 2))
                     states.append((communicator.state_dict(), communicator.state_dict(per_rank=True), sent, due))
                 names = communicator.compression
@@ -273,15 +302,15 @@ def run_and_save(folder):
 
 def check_resume(mesh, state, sent, due, number):
     active, following = state["auto"]["active"], state["auto"]["next"]
-    assert (active == following) == (number not in (3, 5))
+    assert (active == following) == (number not in (4, 6))
     with exchange(mesh, settings(every_n_steps=1000)) as (ddp, communicator):
         communicator.load_state_dict(state)
         follow(communicator, [])
         assert [name for _, name, _ in communicator.decisions()][-1:] in ([], [following])
-        for step in range(7, 10):
+        for step in range(8, 11):
             sent = add(sent, give(ddp, given_gradients(step, mesh.rank)))
             due = add(due, mean_of(step, mesh.world_size))
-            if step == 7 and active == following and mesh.num_nodes > 1:
+            if step == 8 and active == following and mesh.num_nodes > 1:
                 assert communicator.compression == active
         # Between ranks of one node there is nothing to be compressed: what is owed is flushed.
         assert communicator.compression == (following if mesh.num_nodes > 1 else "off")
@@ -319,12 +348,8 @@ def train(folder):
         module = PlainModule(optimizer="sgd")
         forced = {3: "powersgd", 9: "int8", 12: "powersgd"}
 
-        def decide(measured, buckets, step, strategy=strategy, forced=forced):
-            controller = strategy._communicator._auto.controller
-            if step not in forced:
-                return None
-            controller.current = forced[step]
-            return Decision(step, forced[step], "Because it is so.")
+        def decide(measured, buckets, step, forced=forced):
+            return Decision(step, forced[step], "Because it is so.") if step in forced else None
 
         class Force(pl.Callback):
             def on_train_start(self, trainer, module, decide=decide):
@@ -348,9 +373,9 @@ def test_a_trainer_goes_on_with_what_was_chosen_and_tensorboard_is_told_why(tmp_
     )
     assert first == second and torch.equal(weights, others)
     because = [
-        (3, "powersgd", "Because it is so."),
-        (9, "int8", "Because it is so."),
-        (12, "powersgd", "Because it is so."),
+        (4, "powersgd", "Because it is so."),
+        (10, "int8", "Because it is so."),
+        (13, "powersgd", "Because it is so."),
     ]
     assert first[0] == first[1] == (because, "powersgd")
     assert "if it pays" in described

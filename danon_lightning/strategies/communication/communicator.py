@@ -136,7 +136,8 @@ class GradientCommunicator:
         self._next: Candidate = None  # what comes once everything is flushed
         self._exchanged: list[list[tuple[str, Tensor]]] = []
         if auto is not None:
-            self._auto = Adaptation(auto, mesh, self._everybody, outer, hierarchical=hierarchical, device=self._device)
+            self._exchange.looks_at_averages = True
+            self._auto = Adaptation(auto, mesh, outer, hierarchical=hierarchical, device=self._device, timeout=timeout)
             controller = self._auto.controller
             self.allow([compressor for name, compressor in controller.candidates.items() if controller.allows(name)])
         self._in_flight: deque[_Transfer] = deque()
@@ -384,6 +385,8 @@ class GradientCommunicator:
         self._thread.join(timeout=1.0)
         if not (failed or self.error or self._thread.is_alive()):
             self._exchange.close()
+            if self._auto is not None:
+                self._auto.close()
             if self._everybody is not None and dist.is_initialized():
                 dist.destroy_process_group(self._everybody)
                 self._everybody = None
@@ -514,32 +517,37 @@ class GradientCommunicator:
         bucket.future.set_result(bucket.buffer)
 
     def _end_step(self) -> None:
-        """Agree on whether the step counts, and deliver its last bucket."""
+        """Know on all ranks whether the step counts, and deliver its last bucket."""
         (last,) = self._open
         memory = self._exchange.memory
         self._stats.steps += 1
-        flushes = memory is not None and memory.flush_next
-        if self.checks_finite:
+        is_flushed = False
+        if memory is not None:
             self._correct_dense(last)
-            owes = flushes and memory is not None and memory.owes_more()
-            self.finite, is_flushed = self._agree(self._exchange.finite, not owes)
+            owes = memory.flush_next and memory.owes_more()
+            self.finite, owes_nothing = self._agree(self._exchange.finite, not owes)
+            is_flushed = memory.flush_next and owes_nothing
             if self.finite:
-                if memory is not None:
-                    memory.commit()
+                memory.commit()
             else:
-                if memory is not None:
-                    memory.roll_back()
-                self._stats.skipped_steps += 1
-                # A gradient scaler must see it too, also where the bad element was not sent.
-                last.buffer.fill_(torch.nan)
-            self._adapt(flushes=flushes, is_flushed=is_flushed)
+                memory.roll_back()
+        elif self._auto is not None:
+            self.finite = self._exchange.finite  # of the averages, which are the same on all ranks
+        if not self.finite:
+            self._stats.skipped_steps += 1
+            # A gradient scaler must see it too, also where the bad element was not sent.
+            last.buffer.fill_(torch.nan)
+        if self._auto is not None:
+            self._adapt(self._auto, is_flushed=is_flushed)
         now = time.perf_counter()
         if not last.overlaps:
             self._stats.exposed_seconds += now - self._last_bucket_came
         self._busy_seconds += now - self._busy_since
-        self._busy_since = now
         # Only now: backward() may return at once, and what it finds must be complete.
         self._deliver(last)
+        if self._auto is not None and self.finite and not self._flushes_next:
+            self._auto.look(self._exchanged)
+        self._busy_since = time.perf_counter()
 
     def _agree(self, *flags: bool) -> list[bool]:
         """Whether each is True on all ranks."""
@@ -549,21 +557,24 @@ class GradientCommunicator:
         dist.all_reduce(agreed, dist.ReduceOp.MIN, group=self._everybody)
         return [bool(flag) for flag in agreed.tolist()]
 
-    def _adapt(self, *, flushes: bool, is_flushed: bool) -> None:
+    def _adapt(self, auto: Adaptation, *, is_flushed: bool) -> None:
         """Change the compression, if that has been decided and nothing is owed any more."""
-        if self._auto is None:
-            return
-        decision = self._auto.end_exchange(self._exchanged, finite=self.finite, flushes=flushes)
-        if self.finite and flushes and is_flushed:
+        decision = auto.end_exchange(finite=self.finite)
+        if self.finite and is_flushed:
             self._change_to(self._next)
         if decision is None:
             return
-        self._next = self._auto.controller.candidates[decision.name]
+        self._next = auto.controller.candidates[decision.name]
         memory = self._exchange.memory
         if memory is None or memory.feedback is None:
             self._change_to(self._next)
         elif self._next is not self._exchange.compressor:
             memory.flush_next = True
+
+    @property
+    def _flushes_next(self) -> bool:
+        """Whether a change is under way already."""
+        return self._exchange.memory is not None and self._exchange.memory.flush_next
 
     def _change_to(self, compressor: Candidate) -> None:
         """Compress otherwise from now on, with nothing owed from before."""

@@ -4,11 +4,13 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from datetime import timedelta
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from danon_lightning.strategies.communication.adaptive.controller import (
     FIRST_LOOK,
@@ -24,6 +26,7 @@ from danon_lightning.strategies.communication.adaptive.measurement import Measur
 from danon_lightning.strategies.communication.adaptive.settings import FOR_ANY_OPTIMIZER, FOR_SGD, AutoCompression
 from danon_lightning.strategies.communication.cost_model import agree_on_costs, coding_costs, probe_links
 from danon_lightning.strategies.communication.cost_model.traffic import Parameters
+from danon_lightning.strategies.communication.layout import group_of_all
 from danon_lightning.strategies.communication.levels import GroupLevel
 from danon_lightning.strategies.mesh import Mesh
 
@@ -37,10 +40,10 @@ class Adaptation:
     Args:
         settings: What may be chosen, and how readily.
         mesh: Layout of the ranks.
-        group: All ranks; None for a single one.
         outer: The level between nodes.
         hierarchical: As for the communicator.
         device: Where gradients lie.
+        timeout: How long one operation may take; None for torch's default.
 
     Attributes:
         controller: Decides, on rank 0; elsewhere it is told.
@@ -52,21 +55,23 @@ class Adaptation:
         self,
         settings: AutoCompression,
         mesh: Mesh,
-        group: dist.ProcessGroup | None,
         outer: GroupLevel,
         *,
         hierarchical: bool | Literal["auto"],
         device: torch.device,
+        timeout: timedelta | None,
     ) -> None:
         """See the class. Collective: it probes the links."""
-        self._mesh, self._group, self._device = mesh, group, device
+        self._mesh, self._device = mesh, device
+        # Of its own: looks are taken while others may use the communicator's.
+        self._group = group_of_all(mesh, device, timeout)
         candidates = by_name(settings.resolve(FOR_SGD))
         links, reason = None, "all ranks are on one node"
         if mesh.num_nodes > 1:
             links, reason = probe_links(mesh, device=device), "the links could not be measured"
         self._has_links = links is not None
         known = links.inter.bytes_per_second if links is not None and links.inter is not None else 0.0
-        self._probe = LinkProbe(outer, group, mesh, device, known)
+        self._probe = LinkProbe(outer, self._group, mesh, device, known)
         forecaster = Forecaster(links, {}, hierarchical, device) if links is not None else None
         self.controller = Controller(settings, candidates, forecaster, reason)
         if settings.candidates is None:
@@ -76,6 +81,7 @@ class Adaptation:
         self.exchanges = 0
         self._here = 0
         self._knows_costs = False
+        self._under_way: _Look | None = None
 
     def start_exchange(self) -> None:
         """Before the first bucket of an exchange is handed over. Collective at the first time: it measures coding."""
@@ -97,52 +103,63 @@ class Adaptation:
         """What has been measured is no longer what is."""
         self._meter.clear()
 
-    def end_exchange(self, buckets: Sequence[Parameters], *, finite: bool, flushes: bool) -> Decision | None:
-        """When all buckets have been averaged. Now and then it is collective.
+    def end_exchange(self, *, finite: bool) -> Decision | None:
+        """When all buckets have been averaged, and before that is told. Collective if something must be measured.
 
         Args:
-            buckets: In the order in which they were exchanged.
-            finite: Whether it counts.
-            flushes: Whether a change is under way already. Both are the same on all ranks.
+            finite: Whether it counts; the same on all ranks.
 
         Returns:
-            What has been decided, if anything.
+            What the last look has decided, if anything.
         """
         self._meter.end_exchange()
         self._here += 1
         self.exchanges += finite
-        if self._group is None or not finite or flushes or not self.controller.is_due(self._here):
+        if self._under_way is None:
             return None
-        decision = self._look(buckets)
+        look, self._under_way = self._under_way, None
+        wish, decision = self._heard(look.will, look.work)
+        if wish != NOTHING:
+            decision = self._measure_link(wish, look)
+            self._meter.pause()
         if decision is not None:
             self.decisions.append(decision)
-        self._meter.pause()
         return decision
 
-    def _look(self, buckets: Sequence[Parameters]) -> Decision | None:
+    def look(self, buckets: Sequence[Parameters]) -> None:
+        """Between two exchanges, where it takes time that nobody waits for. Now and then it is collective.
+
+        What comes of it is known at the end of the next exchange, on all ranks.
+
+        Args:
+            buckets: In the order in which they were exchanged.
+        """
+        if self._group is None or not self.controller.is_due(self._here):
+            return
         if not self._has_links and self._here > FIRST_LOOK:
-            return None
+            return
         numbers = self._meter.to_numbers(len(buckets)).to(self._device)
         dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self._group)
         measured = from_numbers(numbers.tolist())
-        look, decision = NOTHING, None
+        wish, decision = NOTHING, None
         if self._mesh.rank == 0:
-            look = self._think(lambda: self.controller.wants_probe(measured, buckets, self.exchanges)) or NOTHING
-            if look == NOTHING:
+            wish = self._think(lambda: self.controller.wants_probe(measured, buckets, self.exchanges)) or NOTHING
+            if wish == NOTHING:
                 decision = self._decide(measured, buckets)
-        look, decision = self._tell(look, decision)
-        if look != NOTHING:
-            probes = look == PROBE or self._probe.seems_faster()
-            start = time.perf_counter()
-            found = self._probe.measure() if probes else None
-            if self._mesh.rank == 0:
-                assert measured is not None
-                known = measured
-                if probes:
-                    self.controller.probe_seconds = time.perf_counter() - start
-                    self._think(lambda: self.controller.take_probe(found, known, buckets, self.exchanges))
-                decision = self._decide(measured, buckets)
-            _, decision = self._tell(NOTHING, decision)
+        self._under_way = _Look(buckets, measured, *self._tell(wish, decision))
+
+    def _measure_link(self, wish: int, look: "_Look") -> Decision | None:
+        probes = wish == PROBE or self._probe.seems_faster()
+        start = time.perf_counter()
+        found = self._probe.measure() if probes else None
+        decision, measured = None, look.measured
+        if self._mesh.rank == 0:
+            assert measured is not None
+            if probes:
+                self.controller.probe_seconds = time.perf_counter() - start
+                self._think(lambda: self.controller.take_probe(found, measured, look.buckets, self.exchanges))
+            decision = self._decide(measured, look.buckets)
+        _, decision = self._heard(*self._tell(NOTHING, decision))
         return decision
 
     def _decide(self, measured: Measured | None, buckets: Sequence[Parameters]) -> Decision | None:
@@ -165,21 +182,28 @@ class Adaptation:
             self.controller.give_up("steps cannot be predicted")
             return None
 
-    def _tell(self, look: int, decision: Decision | None) -> tuple[int, Decision | None]:
+    def _tell(self, wish: int, decision: Decision | None) -> "tuple[Tensor, dist.Work]":
+        """Begin to tell all ranks rank 0's will."""
+        index = -1 if decision is None else list(self.controller.candidates).index(decision.name)
+        sentence = b"" if decision is None else decision.sentence.encode()[:_SENTENCE_BYTES]
+        will = torch.tensor([wish, index, *sentence.ljust(_SENTENCE_BYTES)], dtype=torch.int32, device=self._device)
+        return will, dist.broadcast(will, 0, group=self._group, async_op=True)
+
+    def _heard(self, will: Tensor, work: "dist.Work") -> tuple[int, Decision | None]:
         """Rank 0's will, on all ranks."""
-        names = list(self.controller.candidates)
-        index = -1 if decision is None else names.index(decision.name)
-        header = torch.tensor([look, index], dtype=torch.int64, device=self._device)
-        dist.broadcast(header, 0, group=self._group)
-        look, index = header.tolist()
+        work.wait()
+        wish, index, *sentence = will.tolist()
         if index < 0:
-            return look, None
-        sentence = decision.sentence.encode()[:_SENTENCE_BYTES] if decision is not None else b""
-        text = torch.tensor([*sentence.ljust(_SENTENCE_BYTES, b" ")], dtype=torch.uint8, device=self._device)
-        dist.broadcast(text, 0, group=self._group)
-        sentence = bytes(text.tolist()).rstrip(b" ")
-        self.controller.current = names[index]
-        return look, Decision(self.exchanges, names[index], sentence.decode(errors="replace"))
+            return wish, None
+        name = list(self.controller.candidates)[index]
+        self.controller.current = name
+        return wish, Decision(self.exchanges, name, bytes(sentence).rstrip(b" ").decode(errors="replace"))
+
+    def close(self) -> None:
+        """Give up its process group. Every rank does it, with nothing under way."""
+        if self._group is not None and dist.is_initialized():
+            dist.destroy_process_group(self._group)
+            self._group = None
 
     def allow(self, names: Collection[str]) -> None:
         """From now on, choose among these only."""
@@ -198,3 +222,13 @@ class Adaptation:
         self.exchanges = int(state["exchanges"])
         self.controller.load_state_dict(state["controller"])
         self.decisions.extend(Decision(**decision) for decision in state["decisions"])
+
+
+@dataclass
+class _Look:
+    """One of which it is not known yet, on all ranks, what rank 0 makes of it."""
+
+    buckets: Sequence[Parameters]
+    measured: Measured | None
+    will: Tensor
+    work: "dist.Work"

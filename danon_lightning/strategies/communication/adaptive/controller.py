@@ -65,7 +65,7 @@ class Controller:
         reason: Why nothing is known, for the log.
 
     Attributes:
-        current: Name of the present choice.
+        current: Name of the present choice. To be set once a decision is carried out.
         probe_seconds: What the last probe has taken; 0 before the first one.
         predictions: Seconds of a step with each candidate, as of the last look: of those that were tried what they have
             taken. Empty where nothing is known.
@@ -186,14 +186,14 @@ class Controller:
         first, forecaster = not self._has_chosen, self.forecaster
         if forecaster is None:
             self._has_chosen = True
-            return self._decide(step, OFF, f"{_UNCOMPRESSED}: {self._reason}.") if first else None
+            return Decision(step, OFF, f"{_UNCOMPRESSED}: {self._reason}.") if first else None
         if self.current not in self._allowed:
-            return self._decide(step, OFF, f"{_UNCOMPRESSED}: {self.current} is not among the candidates.")
+            return Decision(step, OFF, f"{_UNCOMPRESSED}: {self.current} is not among the candidates.")
         if self.distrusts:
             self._distrusted_looks -= 1
             if self.current == OFF:
                 return None
-            return self._decide(
+            return Decision(
                 step,
                 OFF,
                 f"{_UNCOMPRESSED}, which is safe: measurements of the link contradict one another.",
@@ -223,15 +223,11 @@ class Controller:
         self._has_link_changed = False
         if chosen == self.current and not first:
             return None
-        return self._decide(step, chosen, self._why(chosen, seconds, forecaster.bits_per_second))
+        return Decision(step, chosen, self._why(chosen, seconds, forecaster.bits_per_second))
 
     def _allowed_candidates(self) -> list[str]:
         """From the least lossy one on."""
         return [name for name in self.candidates if name in self._allowed]
-
-    def _decide(self, step: int, name: str, sentence: str) -> Decision:
-        self.current = name
-        return Decision(step, name, sentence)
 
     def _set_scale(self, scale: float) -> bool:
         """Returns whether the link has changed."""

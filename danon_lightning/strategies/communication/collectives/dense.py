@@ -24,7 +24,11 @@ def average_dense(exchange: Exchange, message: Message, bucket: Tensor) -> Steps
     exchange.count_dense(count(rows[own]))
     yield from exchange.sum_across(node_sum, result)
     yield from exchange.hand_round(shared)
+    looks = exchange.looks_at_averages and exchange.memory is None
     for row, payload in zip(rows, shared.incoming, strict=True):
-        for piece, values in along(row, payload.view(bucket.dtype)):
+        averages = payload.view(bucket.dtype)
+        if looks:
+            exchange.note_finite(kernels.all_finite(averages))
+        for piece, values in along(row, averages):
             kernels.copy(view(piece, bucket), values)
     shared.release()

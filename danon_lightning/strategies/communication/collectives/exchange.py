@@ -52,6 +52,8 @@ class Exchange:
         loss_scale: What gradients are divided by before they are averaged, and results multiplied with.
         dense_bytes: What this rank would have sent over the outer level, had all been dense float32.
         sent_bytes: What it has sent there.
+        looks_at_averages: Whether, where all is dense, ``finite`` shall be that of all ranks: what is not finite on one
+            of them is in the averages, which are the same on all.
     """
 
     inner: Level
@@ -61,11 +63,12 @@ class Exchange:
     loss_scale: float = field(default=1.0, init=False)
     dense_bytes: float = field(default=0.0, init=False)
     sent_bytes: int = field(default=0, init=False)
+    looks_at_averages: bool = field(default=False, init=False)
     _finite: "bool | Tensor" = field(default=True, init=False)
 
     @property
     def finite(self) -> bool:
-        """Whether all that this rank has summed since :meth:`begin_step` was finite."""
+        """Whether all that this rank has summed, or looked at, since :meth:`begin_step` was finite."""
         return bool(self._finite)
 
     def begin_step(self, loss_scale: float) -> None:
