@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from danon_lightning.callbacks import CommunicationMonitor
 from danon_lightning.strategies import AutoCompression, DanonHybridStrategy, TopKCompressor
 from danon_lightning.strategies.communication.adaptive import adaptation
-from danon_lightning.strategies.communication.adaptive.controller import Decision
+from danon_lightning.strategies.communication.adaptive.controller import PING, Decision
 from danon_lightning.strategies.communication.cost_model import Link, Links, probe
 from danon_lightning.testing import run_distributed
 
@@ -212,6 +212,30 @@ def adaptation_model(forecaster, links, auto, communicator):
     ).exposed_seconds
 
 
+def check_ping(folder):
+    """A link that seems faster is measured at the end of the next exchange, and decides at once, on all ranks."""
+    adaptation.probe_links = known_links
+    with emulated_mesh(2, 1, folder) as mesh:
+        if mesh is None:
+            return
+        with exchange(mesh, AutoCompression(every_n_steps=4)) as (ddp, communicator):
+            auto, seen, measured = communicator._auto, [], []
+            auto.controller.wants_probe = lambda *args: PING
+            auto._probe.seems_faster = lambda: seen.append(auto.exchanges) or auto.exchanges == 9
+            auto._probe.measure = lambda: measured.append(auto.exchanges) or 5e8
+            auto.controller.take_probe = lambda found, *args: setattr(auto.controller, "found", found)
+            auto.controller.decide = lambda *args: (
+                Decision(0, "int8", "it is faster") if getattr(auto.controller, "found", None) == 5e8 else None
+            )
+            names = []
+            for step in range(12):
+                give(ddp, given_gradients(step, mesh.rank))
+                names.append(communicator.compression)
+            assert seen == [3, 5, 9] and measured == [10]
+            assert names == ["off"] * 9 + ["int8"] * 3
+            assert communicator.decisions() == [(10, "int8", "it is faster")]
+
+
 def check_failed_probe(folder):
     """Gradients stay dense, and nobody waits for anybody."""
 
@@ -262,6 +286,7 @@ def check_failed_probe(folder):
 def several(folder):
     check_not_finite(folder)
     found = check_bandwidth(folder)
+    check_ping(folder)
     check_failed_probe(folder)
     return found
 

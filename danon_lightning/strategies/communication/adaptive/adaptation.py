@@ -1,10 +1,11 @@
 """What a communicator with ``compression="auto"`` does at the end of its exchanges, on all ranks alike."""
 
+import struct
 import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from danon_lightning.strategies.communication.adaptive.controller import (
     FIRST_LOOK,
     NOTHING,
+    PING,
     PROBE,
     Controller,
     Decision,
@@ -30,7 +32,8 @@ from danon_lightning.strategies.communication.layout import group_of_all
 from danon_lightning.strategies.communication.levels import GroupLevel
 from danon_lightning.strategies.mesh import Mesh
 
-_SENTENCE_BYTES = 512
+# What rank 0 wishes to know of the link, the number of what it has decided, and why.
+_WILL = struct.Struct("<hh512s")
 _KEPT_DECISIONS = 100
 
 
@@ -81,7 +84,9 @@ class Adaptation:
         self.exchanges = 0
         self._here = 0
         self._knows_costs = False
-        self._under_way: _Look | None = None
+        self._told: tuple[Tensor, dist.Work] | None = None  # rank 0's will, on its way
+        self._wish = NOTHING
+        self._seen: tuple[Measured | None, Sequence[Parameters]] = None, ()
 
     def start_exchange(self) -> None:
         """Before the first bucket of an exchange is handed over. Collective at the first time: it measures coding."""
@@ -115,13 +120,14 @@ class Adaptation:
         self._meter.end_exchange()
         self._here += 1
         self.exchanges += finite
-        if self._under_way is None:
-            return None
-        look, self._under_way = self._under_way, None
-        wish, decision = self._heard(look.will, look.work)
-        if wish != NOTHING:
-            decision = self._measure_link(wish, look)
+        decision = None
+        if self._told is not None:
+            self._wish, decision = self._heard(*self._told)
+            self._told = None
+        if self._wish == PROBE:
+            decision = self._measure_link()
             self._meter.pause()
+            self._wish = NOTHING
         if decision is not None:
             self.decisions.append(decision)
         return decision
@@ -134,33 +140,34 @@ class Adaptation:
         Args:
             buckets: In the order in which they were exchanged.
         """
-        if self._group is None or not self.controller.is_due(self._here):
-            return
-        if not self._has_links and self._here > FIRST_LOOK:
-            return
+        if self._wish == PING:
+            self._wish = PROBE if self._probe.seems_faster() else NOTHING
+        elif self._group is not None and self.controller.is_due(self._here):
+            if self._has_links or self._here == FIRST_LOOK:
+                self._look(buckets)
+
+    def _look(self, buckets: Sequence[Parameters]) -> None:
         numbers = self._meter.to_numbers(len(buckets)).to(self._device)
         dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self._group)
-        measured = from_numbers(numbers.tolist())
+        self._seen = measured, _ = from_numbers(numbers.tolist()), buckets
         wish, decision = NOTHING, None
         if self._mesh.rank == 0:
             wish = self._think(lambda: self.controller.wants_probe(measured, buckets, self.exchanges)) or NOTHING
-            if wish == NOTHING:
+            if wish != PROBE:
                 decision = self._decide(measured, buckets)
-        self._under_way = _Look(buckets, measured, *self._tell(wish, decision))
+        self._told = self._tell(wish if decision is None else NOTHING, decision)
 
-    def _measure_link(self, wish: int, look: "_Look") -> Decision | None:
-        probes = wish == PROBE or self._probe.seems_faster()
+    def _measure_link(self) -> Decision | None:
+        """Stop all ranks to do it, and decide by it."""
         start = time.perf_counter()
-        found = self._probe.measure() if probes else None
-        decision, measured = None, look.measured
+        found = self._probe.measure()
+        (measured, buckets), decision = self._seen, None
         if self._mesh.rank == 0:
             assert measured is not None
-            if probes:
-                self.controller.probe_seconds = time.perf_counter() - start
-                self._think(lambda: self.controller.take_probe(found, measured, look.buckets, self.exchanges))
-            decision = self._decide(measured, look.buckets)
-        _, decision = self._heard(*self._tell(NOTHING, decision))
-        return decision
+            self.controller.probe_seconds = time.perf_counter() - start
+            self._think(lambda: self.controller.take_probe(found, measured, buckets, self.exchanges))
+            decision = self._decide(measured, buckets)
+        return self._heard(*self._tell(NOTHING, decision))[1]
 
     def _decide(self, measured: Measured | None, buckets: Sequence[Parameters]) -> Decision | None:
         decision: Decision | None = self._think(lambda: self.controller.decide(measured, buckets, self.exchanges))
@@ -185,19 +192,19 @@ class Adaptation:
     def _tell(self, wish: int, decision: Decision | None) -> "tuple[Tensor, dist.Work]":
         """Begin to tell all ranks rank 0's will."""
         index = -1 if decision is None else list(self.controller.candidates).index(decision.name)
-        sentence = b"" if decision is None else decision.sentence.encode()[:_SENTENCE_BYTES]
-        will = torch.tensor([wish, index, *sentence.ljust(_SENTENCE_BYTES)], dtype=torch.int32, device=self._device)
+        sentence = b"" if decision is None else decision.sentence.encode()
+        will = torch.frombuffer(bytearray(_WILL.pack(wish, index, sentence)), dtype=torch.uint8).to(self._device)
         return will, dist.broadcast(will, 0, group=self._group, async_op=True)
 
     def _heard(self, will: Tensor, work: "dist.Work") -> tuple[int, Decision | None]:
         """Rank 0's will, on all ranks."""
         work.wait()
-        wish, index, *sentence = will.tolist()
+        wish, index, sentence = _WILL.unpack(bytes(will.tolist()))
         if index < 0:
             return wish, None
         name = list(self.controller.candidates)[index]
         self.controller.current = name
-        return wish, Decision(self.exchanges, name, bytes(sentence).rstrip(b" ").decode(errors="replace"))
+        return wish, Decision(self.exchanges, name, sentence.rstrip(b"\0").decode(errors="replace"))
 
     def close(self) -> None:
         """Give up its process group. Every rank does it, with nothing under way."""
@@ -222,13 +229,3 @@ class Adaptation:
         self.exchanges = int(state["exchanges"])
         self.controller.load_state_dict(state["controller"])
         self.decisions.extend(Decision(**decision) for decision in state["decisions"])
-
-
-@dataclass
-class _Look:
-    """One of which it is not known yet, on all ranks, what rank 0 makes of it."""
-
-    buckets: Sequence[Parameters]
-    measured: Measured | None
-    will: Tensor
-    work: "dist.Work"
