@@ -16,7 +16,6 @@ from torch import Tensor
 from danon_lightning.strategies.communication.adaptive.controller import (
     FIRST_LOOK,
     NOTHING,
-    PING,
     PROBE,
     Controller,
     Decision,
@@ -124,8 +123,10 @@ class Adaptation:
         if self._told is not None:
             self._wish, decision = self._heard(*self._told)
             self._told = None
-        if self._wish == PROBE:
-            decision = self._measure_link()
+        if self._wish != NOTHING:
+            # While all ranks wait: beside training, busy processors would make the link seem slower than it is.
+            if self._wish == PROBE or self._probe.seems_faster():
+                decision = self._measure_link()
             self._meter.pause()
             self._wish = NOTHING
         if decision is not None:
@@ -140,13 +141,10 @@ class Adaptation:
         Args:
             buckets: In the order in which they were exchanged.
         """
-        if self._wish == PING:
-            self._wish = PROBE if self._probe.seems_faster() else NOTHING
-        elif self._group is not None and self.controller.is_due(self._here):
-            if self._has_links or self._here == FIRST_LOOK:
-                self._look(buckets)
-
-    def _look(self, buckets: Sequence[Parameters]) -> None:
+        if self._group is None or not self.controller.is_due(self._here):
+            return
+        if not self._has_links and self._here > FIRST_LOOK:
+            return
         numbers = self._meter.to_numbers(len(buckets)).to(self._device)
         dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self._group)
         self._seen = measured, _ = from_numbers(numbers.tolist()), buckets
