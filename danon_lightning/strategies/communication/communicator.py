@@ -29,6 +29,7 @@ from danon_lightning.strategies.communication.adaptive.settings import (
     label,
     resolve_auto,
 )
+from danon_lightning.strategies.communication.averaging import Averaging, group_into_buckets, take_gradients
 from danon_lightning.strategies.communication.checkpoint import dense_state, gather_state, has_residual, restore_state
 from danon_lightning.strategies.communication.collectives import Exchange, Steps, average
 from danon_lightning.strategies.communication.collectives.exchange import view
@@ -42,7 +43,7 @@ from danon_lightning.strategies.communication.compressors.base import Region
 from danon_lightning.strategies.communication.error_feedback import ErrorFeedback, resolve_error_feedback
 from danon_lightning.strategies.communication.layout import build_levels, group_of_all
 from danon_lightning.strategies.communication.memory import Memory
-from danon_lightning.strategies.communication.messages import Layout, Plan, plan_messages, real_numel, sizes_for
+from danon_lightning.strategies.communication.messages import Layout, Plan, plan_messages, sizes_for
 from danon_lightning.strategies.communication.stats import CommunicationStats
 from danon_lightning.strategies.mesh import Mesh
 
@@ -292,7 +293,7 @@ class GradientCommunicator:
         for parameter, gradient in self._begin(parameters, bucket_bytes, overlaps=False).wait():
             parameter.grad = gradient
 
-    def start_average(self, parameters: Sequence[Tensor], bucket_bytes: int) -> "Averaging":
+    def start_average(self, parameters: Sequence[Tensor], bucket_bytes: int) -> Averaging:
         """Begin to average gradients as :meth:`average` does, and go on meanwhile. One at a time.
 
         Args:
@@ -304,25 +305,10 @@ class GradientCommunicator:
         """
         return self._begin(parameters, bucket_bytes, overlaps=True)
 
-    def _begin(self, parameters: Sequence[Tensor], bucket_bytes: int, *, overlaps: bool) -> "Averaging":
-        buckets: list[list[Tensor]] = [[]]
-        room = 0
-        for parameter in parameters:
-            if buckets[-1] and (parameter.nbytes > room or parameter.dtype != buckets[-1][0].dtype):
-                buckets.append([])
-            if not buckets[-1]:
-                room = bucket_bytes
-            buckets[-1].append(parameter)
-            room -= parameter.nbytes
-        waiting = []
+    def _begin(self, parameters: Sequence[Tensor], bucket_bytes: int, *, overlaps: bool) -> Averaging:
+        buckets, waiting = group_into_buckets(parameters, bucket_bytes), []
         for index, bucket in enumerate(buckets):
-            gradients = [parameter.grad for parameter in bucket if parameter.grad is not None]
-            assert len(gradients) == len(bucket)
-            flat = [torch.view_as_real(g) if g.is_complex() else g for g in gradients]
-            buffer = torch.cat([g.reshape(-1) for g in flat]) if flat else torch.empty(0, device=self._device)
-            for parameter in bucket:
-                parameter.grad = None  # or there would be two of each
-            is_last = index == len(buckets) - 1
+            buffer, is_last = take_gradients(bucket, self._device), index == len(buckets) - 1
             waiting.append((bucket, buffer, self._enqueue(buffer, bucket, index == 0, is_last, overlaps=overlaps)))
         return Averaging(waiting, self._stats if overlaps else None)
 
@@ -611,41 +597,6 @@ class GradientCommunicator:
                 waiting.future.set_exception(self.error)  # type: ignore[arg-type]  # torch's own annotation is wrong
         self._in_flight.clear()
         self._open.clear()
-
-
-class Averaging:
-    """Gradients whose averages are under way."""
-
-    def __init__(
-        self, buckets: "list[tuple[list[Tensor], Tensor, Future[Tensor]]]", stats: CommunicationStats | None
-    ) -> None:
-        """Take note of them.
-
-        Args:
-            buckets: Parameters, where their gradients lie one after another, and what these are waited for by.
-            stats: Where to add up how long they were waited for, if anywhere.
-        """
-        self._buckets, self._stats = buckets, stats
-
-    def wait(self) -> list[tuple[Tensor, Tensor]]:
-        """Wait for all of them.
-
-        Returns:
-            Parameters and averages.
-
-        Raises:
-            RuntimeError: If the exchange has failed.
-        """
-        start = time.perf_counter()
-        averages = []
-        for bucket, buffer, future in self._buckets:
-            future.wait()
-            for parameter, part in zip(bucket, buffer.split([real_numel(p) for p in bucket]), strict=True):
-                whole = torch.view_as_complex(part.view(-1, 2)) if parameter.is_complex() else part
-                averages.append((parameter, whole.view(parameter.shape)))
-        if self._stats is not None:
-            self._stats.exposed_seconds += time.perf_counter() - start
-        return averages
 
 
 @dataclass(eq=False)

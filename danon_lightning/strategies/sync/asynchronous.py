@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from danon_lightning.strategies.communication.communicator import Averaging, GradientCommunicator
+from danon_lightning.strategies.communication.averaging import Averaging
+from danon_lightning.strategies.communication.communicator import GradientCommunicator
 from danon_lightning.strategies.sync.settings import AsyncSync
 
 _Gradients = list[tuple[Tensor, Tensor]]
