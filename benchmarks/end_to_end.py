@@ -23,7 +23,7 @@ import ast
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +110,9 @@ def strategy_of(name: str) -> Any:
             options[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):  # a word
             options[key] = value
-    if "every_n_steps" in options:
-        options["sync_mode"] = PeriodicSync(every_n_steps=options.pop("every_n_steps"))
+    periodic = {field.name: options.pop(field.name) for field in fields(PeriodicSync) if field.name in options}
+    if periodic:
+        options["sync_mode"] = PeriodicSync(**periodic)
     try:
         return DanonHybridStrategy(**options)
     except TypeError as error:
