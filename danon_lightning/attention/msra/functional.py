@@ -20,7 +20,7 @@ from danon_lightning.attention.msra.fusion import FeatureFusion, fuse_levels
 from danon_lightning.attention.msra.geometry import Geometry
 from danon_lightning.attention.pieces import tokens_at_once
 from danon_lightning.attention.pooling import build_pyramid, token_cells
-from danon_lightning.attention.recompute import PieceWork, in_pieces
+from danon_lightning.attention.recompute import Piece, PieceWork, in_pieces
 from danon_lightning.attention.rotary import apply_rotary, cell_positions, rotary_tables, rotate
 from danon_lightning.attention.windows import padded, windows
 
@@ -234,13 +234,12 @@ class _Work(PieceWork):
 
     def run(
         self, start: int, stop: int, operands: Sequence[Tensor], state: Tensor | None, known: Sequence[Tensor] | None
-    ) -> tuple[tuple[Tensor, ...], None]:
+    ) -> Piece:
         """Attend."""
         result = None if known is None else Joint(*known)
         sets = self.sets(start, operands)
-        return tuple(
-            joint_attention(sets, stop - start, dropout_p=self.dropout_p, seed=self.seed + start, known=result)
-        ), None
+        joint = joint_attention(sets, stop - start, dropout_p=self.dropout_p, seed=self.seed + start, known=result)
+        return Piece(tuple(joint))
 
     def sets(self, start: int, operands: Sequence[Tensor]) -> list[KeySet]:
         """Return the keys of each level, laid out for the queries from ``start`` on."""
