@@ -19,7 +19,7 @@ from danon_lightning.attention.merging import (
 )
 from danon_lightning.attention.recompute import is_traced
 
-__all__ = ["Joint", "KeySet", "joint_attention"]
+__all__ = ["Joint", "KeySet", "backward_terms", "joint_attention", "laid_out"]
 
 
 class KeySet(NamedTuple):
@@ -102,11 +102,7 @@ class _JointAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, output, lses = ctx.saved_tensors
         keep = dropout_factors(ctx.dropout_p, ctx.seed, grad.device) if ctx.dropout_p > 0.0 else None
-        lse = Joint(output, lses).lse
-        # Rows that see nothing: no weight, no gradient.
-        lse = lse.masked_fill(~has_visible_keys(lse), float("inf"))
-        # What the softmax takes off all logits of a row.
-        shift = torch.linalg.vecdot(grad.to(lse.dtype), output.to(lse.dtype))
+        lse, shift = backward_terms(Joint(output, lses), grad)
         grads: list[Tensor | None] = [None] * 4
         for keys in _sets(tensors):
             grads += _gradients(keys, grad, lse, shift, keep, needs_bias=ctx.needs_input_grad[len(grads) + 3])
@@ -147,7 +143,7 @@ def _weighted(part: Tensor, share: Tensor) -> Tensor:
     return torch.mul(part, share.unflatten(2, tuple(blocks)), out=target).flatten(2, 3)
 
 
-def _laid_out(x: Tensor, blocks: Sequence[int], fill: float = 0.0) -> Tensor:
+def laid_out(x: Tensor, blocks: Sequence[int], fill: float = 0.0) -> Tensor:
     """Lay tokens ``[b, H, n, ...]`` out in ``blocks``, c of t tokens ``[b, H, c, t, ...]``."""
     missing = blocks[0] * blocks[1] - x.shape[2]
     if missing:
@@ -162,6 +158,19 @@ def _attend_and_drop(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, ke
     return AttentionPart(weights.to(value.dtype) @ value, torch.logsumexp(logits, dim=-1))
 
 
+def backward_terms(joint: Joint, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what the backward pass takes off all logits of a row, and off their gradients, ``[b, H, n]`` each.
+
+    Args:
+        joint: The result.
+        grad: The gradient of its output.
+    """
+    lse = joint.lse
+    # Rows that see nothing: no weight, no gradient.
+    lse = lse.masked_fill(~has_visible_keys(lse), float("inf"))
+    return lse, torch.linalg.vecdot(grad.to(lse.dtype), joint.output.to(lse.dtype))
+
+
 def _gradients(
     keys: KeySet, grad: Tensor, lse: Tensor, shift: Tensor, keep: Keep | None, *, needs_bias: bool
 ) -> list[Tensor | None]:
@@ -172,7 +181,7 @@ def _gradients(
     blocks, tokens = query.shape[2:4], query.shape[3]
     if preference is not None:
         lse = lse - preference
-    grad, lse, shift = _laid_out(grad, blocks), _laid_out(lse, blocks, float("inf")), _laid_out(shift, blocks)
+    grad, lse, shift = laid_out(grad, blocks), laid_out(lse, blocks, float("inf")), laid_out(shift, blocks)
     weights = exp_or_zero_(biased_logits(query, key, bias).sub_(lse.unsqueeze(-1)))
     grad_logits = (grad @ value.mT).to(weights.dtype)
     kept = weights

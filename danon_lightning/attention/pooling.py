@@ -4,6 +4,7 @@ Cells remember how many real tokens they stand for. The logarithm of that mass, 
 a cell of m equal tokens weigh exactly as much as the m tokens would.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -11,8 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from danon_lightning.attention.merging import MASKED
+from danon_lightning.attention.recompute import is_traced
 
 __all__ = ["Cells", "build_pyramid", "pool_cells", "token_cells"]
+
+# Few enough for what is computed of them to stay in the cache of a processor core, and in memory that is used again.
+CELLS_AT_ONCE = 4096
+# In which dimension of keys, values and masses the cells follow one another.
+CELL_DIMS = (2, 2, 1)
 
 
 class Cells(NamedTuple):
@@ -85,6 +92,41 @@ def pool_cells(
     Returns:
         ``ceil(m / pool_factor)`` cells.
     """
+    at_once = pool_factor * max(1, CELLS_AT_ONCE // pool_factor)
+    if cells.num_cells <= at_once or cells.keys.device.type != "cpu" or is_traced(cells.keys):
+        return _pooled(cells, pool_factor, pool_query, key_map, value_map)
+    # Splits and not slices: each of many slices would fill up its gradient with zeros to the whole length.
+    splits = (x.split(at_once, dim=dim) for x, dim in zip(cells, CELL_DIMS, strict=True))
+    pooled = (
+        _pooled(Cells(*piece), pool_factor, pool_query, key_map, value_map) for piece in zip(*splits, strict=True)
+    )
+    if torch.is_grad_enabled():
+        parts = zip(*pooled, strict=True)
+        return Cells(*(torch.cat(part, dim=dim) for part, dim in zip(parts, CELL_DIMS, strict=True)))
+    return _written_together(pooled, -(-cells.num_cells // pool_factor))
+
+
+def _written_together(pieces: Iterable[Cells], num_cells: int) -> Cells:
+    """Return consecutive cells as one: each piece is in the way of the next one only until it is written."""
+    total, start = None, 0
+    for piece in pieces:
+        if total is None:
+            total = Cells(
+                *(
+                    x.new_empty(*x.shape[:dim], num_cells, *x.shape[dim:][1:])
+                    for x, dim in zip(piece, CELL_DIMS, strict=True)
+                )
+            )
+        for part, x in zip(total.slice(start, start + piece.num_cells), piece, strict=True):
+            part.copy_(x)
+        start += piece.num_cells
+    assert total is not None
+    return total
+
+
+def _pooled(
+    cells: Cells, pool_factor: int, pool_query: Tensor | None, key_map: Tensor | None, value_map: Tensor | None
+) -> Cells:
     num_parents = -(-cells.num_cells // pool_factor)
     missing = num_parents * pool_factor - cells.num_cells
     keys, values = (F.pad(x, (0, 0, 0, missing)) if missing else x for x in cells[:2])

@@ -81,6 +81,30 @@ def test_pooling_averages_real_tokens_only():
     torch.testing.assert_close(pool_cells(cells, 2).keys.flatten(), torch.tensor([5 / 3, 4.0]))
 
 
+@pytest.mark.parametrize("masked", [True, False])
+def test_pooling_piece_by_piece_changes_nothing(masked, monkeypatch):
+    torch.manual_seed(0)
+    keys, values, query, maps = double(2, 3, 23, 4), double(2, 3, 23, 5), double(3, 4), double(3, 4, 4)
+    mask = (torch.rand(2, 23) < 0.7) if masked else None
+
+    def pool():
+        cells = token_cells(keys, values, mask)
+        return pool_cells(cells._replace(log_mass=cells.log_mass.double()), 4, pool_query=query, key_map=maps)
+
+    whole = pool()
+    monkeypatch.setattr("danon_lightning.attention.pooling.CELLS_AT_ONCE", 10)
+    pieces = pool()
+    with torch.no_grad():
+        written = pool()
+    sources = (keys, values, query, maps)
+    upstream = [torch.randn_like(x) for x in whole[:2]]
+    for one, other, last in zip(whole, pieces, written, strict=True):
+        torch.testing.assert_close(other, one, rtol=0, atol=1e-13)
+        torch.testing.assert_close(last, one, rtol=0, atol=1e-13)
+    for one, other in zip(*(torch.autograd.grad(x[:2], sources, upstream) for x in (whole, pieces)), strict=True):
+        torch.testing.assert_close(other, one, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_convolution_is_the_identity_at_first_and_keeps_to_its_side(causal):
     torch.manual_seed(0)

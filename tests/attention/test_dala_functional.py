@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from danon_lightning.attention.dala.functional import _Work
 from danon_lightning.attention.dala.memory import memory_scores, select_memory
+from danon_lightning.attention.dala.work import SoftmaxWork
 from danon_lightning.attention.functional import dala_attention, dala_attention_reference, full_attention
 from danon_lightning.attention.merging import MASKED
 from danon_lightning.attention.recompute import PieceWork
@@ -64,6 +64,11 @@ def test_without_gradients_the_values_are_the_same(tokens_at_once):
         assert_same(frozen, dala_attention(**frozen, **settings), dala_attention_reference(**frozen, **settings))
 
 
+def gradients(output, tensors, upstream):
+    sources = [x for x in tensors.values() if isinstance(x, torch.Tensor) and x.requires_grad]
+    return torch.autograd.grad(output, sources, upstream, retain_graph=True, materialize_grads=True)
+
+
 VARIED = [{}, {"memory_bias": None}, {"memory_size": 0}, {"importance_threshold": 0.9}]
 
 
@@ -77,9 +82,14 @@ def test_head_by_head_gives_what_all_heads_at_once_give(settings, padding, token
         ours, found = dala_attention(**scaled, return_stats=True)
         torch.testing.assert_close(ours, dala_attention_reference(**scaled), rtol=0, atol=1e-10)
         with monkeypatch.context() as patch:
-            patch.setattr(_Work, "run_without_graph", PieceWork.run_without_graph)
+            patch.setattr(SoftmaxWork, "run_without_graph", PieceWork.run_without_graph)
+            patch.setattr(SoftmaxWork, "backward", PieceWork.backward)
             theirs, stats = dala_attention(**scaled, return_stats=True)
+            upstream = torch.randn_like(ours)
+            expected = gradients(theirs, tensors, upstream)
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+        for mine, other in zip(gradients(ours, tensors, upstream), expected, strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-11, atol=1e-11)
         torch.testing.assert_close(found.memory_weight, stats.memory_weight, rtol=0, atol=1e-12)
         seen = stats.lse > MASKED / 2
         assert torch.equal(seen, found.lse > MASKED / 2)

@@ -10,6 +10,7 @@ from danon_lightning.attention.functional import (
     gated_linear_attention,
     gated_linear_attention_reference,
 )
+from danon_lightning.attention.linear.functional import resumed_delta_rule
 
 BATCH, HEADS, GROUPS, WIDTH, VALUE_WIDTH = 2, 4, 2, 4, 3
 RULES = {
@@ -52,6 +53,19 @@ def test_chunked_form_equals_the_recurrence(rule, length, chunk_size, state):
     tensors = make_tensors(rule, length, state=state)
     ours, theirs = RULES[rule]
     assert_same(tensors, ours(**tensors, chunk_size=chunk_size), theirs(**tensors))
+
+
+def test_the_delta_rule_resumes_from_what_it_has_returned():
+    torch.manual_seed(0)
+    tensors = make_tensors("delta", 203)
+    with torch.no_grad():
+        *first, known = resumed_delta_rule(**tensors, chunk_size=5, known=())
+    assert len(known) > 2  # of several pieces
+    *again, kept = resumed_delta_rule(**tensors, chunk_size=5, known=known)
+    for mine, other in zip(first, again, strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-12)
+    assert all(torch.equal(mine, other) for mine, other in zip(kept, known, strict=True))
+    assert_same(tensors, again, gated_delta_rule_reference(**tensors))
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -32,4 +32,8 @@ class ImportanceNetwork(nn.Module):
         Returns:
             ln σ(score) ``[...]``, at most 0.
         """
-        return F.logsigmoid(self.score(F.gelu(self.inner(x))).squeeze(-1))
+        return self.continued(self.inner(x))
+
+    def continued(self, inner: Tensor) -> Tensor:
+        """Return what ``forward`` does, given what the layer ``inner`` gives ``[..., hidden_dim]``."""
+        return F.logsigmoid(self.score(F.gelu(inner)).squeeze(-1))

@@ -1,6 +1,7 @@
 """The whole past in one matrix a head, by the gated delta rule."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,8 +10,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from danon_lightning.attention.core import State
-from danon_lightning.attention.layers import ZeroLinear
-from danon_lightning.attention.linear.functional import gated_delta_rule
+from danon_lightning.attention.layers import ZeroLinear, joint_linear
+from danon_lightning.attention.linear.functional import resumed_delta_rule
 from danon_lightning.attention.pieces import tokens_at_once
 from danon_lightning.attention.recompute import Scan, in_pieces, is_traced
 
@@ -115,6 +116,7 @@ class RecurrentState(nn.Module):
         *,
         weight: Tensor | None = None,
         onto: Tensor | None = None,
+        gates: Sequence[Tensor] | None = None,
         key_padding_mask: Tensor | None = None,
         state: State | None = None,
     ) -> tuple[Tensor, State | None]:
@@ -127,6 +129,7 @@ class RecurrentState(nn.Module):
             v: Values ``[b, G, n, d]``.
             weight: What is read is multiplied with it ``[b, H, n]``; ``None`` means one.
             onto: What is read is added to it ``[b, H, n, d]``; overwritten, unless gradients are wanted.
+            gates: What the layers ``decay`` and ``rate`` give ``[b, n, H]`` each, if it is known.
             key_padding_mask: True for real tokens ``[b, n]``, boolean; padding neither enters the state nor lets it
                 fade.
             state: What came before, from ``init_state`` or an earlier call; ``None``: nothing, and no state wanted.
@@ -134,9 +137,9 @@ class RecurrentState(nn.Module):
         Returns:
             What is read ``[b, H, n, d]`` in the dtype of ``v``, and the new state if one was given.
         """
-        gates = torch.promote_types(x.dtype, torch.float32)
-        log_decay = F.logsigmoid(self.decay(x).to(gates).transpose(1, 2) + self.decay_offset.to(gates).unsqueeze(-1))
-        rates = self.rate(x).to(gates).transpose(1, 2).sigmoid()  # [b, H, n]
+        fine = torch.promote_types(x.dtype, torch.float32)
+        decay, rate = (x.to(fine).mT for x in gates or joint_linear(x, (self.decay, self.rate)))  # [b, H, n]
+        log_decay, rates = F.logsigmoid(decay + self.decay_offset.to(fine).unsqueeze(-1)), rate.sigmoid()
         if key_padding_mask is not None:
             padding = ~key_padding_mask.unsqueeze(1)
             log_decay, rates = log_decay.masked_fill(padding, 0.0), rates.masked_fill(padding, 0.0)
@@ -148,8 +151,8 @@ class RecurrentState(nn.Module):
             q, weight = F.pad(q, (0, 0, waiting, 0)), F.pad(weight, (waiting, 0))
             k = torch.cat([state["keys"].to(k.dtype), k], dim=2)
             v = torch.cat([state["values"].to(v.dtype), v], dim=2)
-            log_decay = torch.cat([state["log_decay"].to(gates), log_decay], dim=2)
-            rates = torch.cat([state["rates"].to(gates), rates], dim=2)
+            log_decay = torch.cat([state["log_decay"].to(fine), log_decay], dim=2)
+            rates = torch.cat([state["rates"].to(fine), rates], dim=2)
         length, step = q.shape[2], self.update_frequency
         matrix = None if state is None else state["matrix"]
         if matrix is None:
@@ -177,6 +180,7 @@ class RecurrentState(nn.Module):
     def _advance(
         self,
         matrix: Tensor,
+        known: Sequence[Tensor],
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -184,22 +188,29 @@ class RecurrentState(nn.Module):
         rates: Tensor,
         weight: Tensor,
         gain: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Take a piece of the sequence in and read; return the new state too."""
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Take a piece of the sequence in and read; return the new state too, and what is to be known next time."""
         query, key = (_scaled(F.silu(part), UNIT_EPS) for part in (q, k))
-        read, matrix = self._run(query, key, v, log_decay, rates, matrix)
+        read, matrix, kept = self._run(query, key, v, log_decay, rates, matrix, known)
         width = read.shape[-1]
         # Divided by the root mean square.
         gain = (gain * width**0.5).to(read.dtype).unsqueeze(1)
-        return _scaled(read, self.eps * width, weight.unsqueeze(-1), gain), matrix
+        return _scaled(read, self.eps * width, weight.unsqueeze(-1), gain), matrix, kept
 
     def _run(
-        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, rates: Tensor, matrix: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return what each query reads, and the state after the last whole group."""
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor,
+        rates: Tensor,
+        matrix: Tensor,
+        known: Sequence[Tensor],
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Return what each query reads, the state after the last whole group, and what is to be known next time."""
         step = self.update_frequency
         if step == 1:
-            return gated_delta_rule(q, k, v, log_decay, rates, chunk_size=self.chunk_size, initial_state=matrix)
+            return resumed_delta_rule(q, k, v, log_decay, rates, self.chunk_size, matrix, known)
         # Twice: at first the tokens of a group read, changing nothing, then they enter. The last of them reads after
         # that; a group that is not yet whole only reads.
         length, groups = q.shape[2], -(-q.shape[2] // step)
@@ -213,12 +224,12 @@ class RecurrentState(nn.Module):
             return torch.cat([torch.zeros_like(x), x], dim=3).flatten(2, 3)
 
         queries = grouped(q).repeat(1, 1, 1, 2, 1).flatten(2, 3)
-        gates = (entering(gate.unsqueeze(-1)).squeeze(-1) for gate in (log_decay, rates))
-        read, matrix = gated_delta_rule(
-            queries, entering(k), entering(v), *gates, chunk_size=self.chunk_size, initial_state=matrix
+        decays, learning = (entering(gate.unsqueeze(-1)).squeeze(-1) for gate in (log_decay, rates))
+        read, matrix, kept = resumed_delta_rule(
+            queries, entering(k), entering(v), decays, learning, self.chunk_size, matrix, known
         )
         before, after = read.unflatten(2, (groups, 2, step)).unbind(3)
-        return torch.cat([before[:, :, :, :-1], after[:, :, :, -1:]], dim=3).flatten(2, 3)[:, :, :length], matrix
+        return torch.cat([before[:, :, :, :-1], after[:, :, :, -1:]], dim=3).flatten(2, 3)[:, :, :length], matrix, kept
 
 
 def _scaled(x: Tensor, eps: float, weight: Tensor | None = None, gain: Tensor | None = None) -> Tensor:

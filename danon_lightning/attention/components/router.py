@@ -46,7 +46,11 @@ class DynamicRouter(nn.Module):
         Returns:
             ``[b, R, H, n]``, divided by the temperature.
         """
-        logits: Tensor = self.projection(x).unflatten(-1, tuple(self.bias.shape)).movedim(1, -1)
+        return self.continued(self.projection(x))
+
+    def continued(self, projected: Tensor) -> Tensor:
+        """Return what ``forward`` does, given what ``projection`` gives ``[b, n, R·H]``."""
+        logits: Tensor = projected.unflatten(-1, tuple(self.bias.shape)).movedim(1, -1)
         return (logits + self.bias.to(logits.dtype).unsqueeze(-1)) / self.temperature
 
     @torch.no_grad()

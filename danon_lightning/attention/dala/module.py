@@ -15,7 +15,7 @@ from danon_lightning.attention.config import AttentionConfig
 from danon_lightning.attention.core import AttentionCore, State, observing
 from danon_lightning.attention.dala.functional import dala_attention
 from danon_lightning.attention.dala.streaming import empty_state, stream_chunk
-from danon_lightning.attention.layers import keep_in_graph
+from danon_lightning.attention.layers import joint_linear, keep_in_graph
 from danon_lightning.attention.model import AttentionModel, AttentionModelOutput
 from danon_lightning.attention.registry import register_variant
 from danon_lightning.attention.statistics import count_real, token_weights
@@ -161,9 +161,8 @@ class DALAAttention(AttentionCore):
         state: State | None = None,
     ) -> tuple[Tensor, State | None]:
         """Attend; see ``AttentionCore.forward``."""
-        log_importance = self.importance(x)
+        log_importance, logits, gates = self._project(x)
         self._observe("importance_scores", log_importance.exp)
-        logits = None if self.router is None else self.router(x)
         if self.router is not None and logits is not None:
             temperature = self.router.temperature
             self._observe("router_logits", lambda: logits * temperature)
@@ -192,6 +191,7 @@ class DALAAttention(AttentionCore):
             v,
             weight=_state_weight(logits),
             onto=None if apart else output,
+            gates=gates,
             key_padding_mask=key_padding_mask,
             state=None if state is None else state["recurrent"],
         )
@@ -199,6 +199,17 @@ class DALAAttention(AttentionCore):
             self._observe("route_outputs", lambda: self._routes(q, k, v, output, memory_bias, result, settings))
             result = output + result
         return result, None if state is None else new_state
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor | None, Sequence[Tensor] | None]:
+        """Return log-importance, the logits of the router, and what the gates of the state are made of."""
+        layers: list[nn.Linear] = [self.importance.inner]
+        if self.router is not None:
+            layers.append(self.router.projection)
+        if self.recurrent is not None:
+            layers += [self.recurrent.decay, self.recurrent.rate]
+        inner, *rest = joint_linear(x, layers)
+        logits = None if self.router is None else self.router.continued(rest.pop(0))
+        return self.importance.continued(inner), logits, rest or None
 
     def _settings(self, log_importance: Tensor, first: int, key_padding_mask: Tensor | None) -> dict[str, Any]:
         """Return the arguments of the softmax part, beside queries, keys, values and memory."""

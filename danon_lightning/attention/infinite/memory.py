@@ -5,6 +5,7 @@ Reference:
     Behind: Efficient Infinite Context Transformers with Infini-attention" (as a memory beside local attention).
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -54,8 +55,15 @@ def linear_memory(
 
 
 def _advance(
-    state: Tensor, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None = None, *, chunk_size: int
-) -> tuple[Tensor, Tensor]:
+    state: Tensor,
+    _: Sequence[Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    real: Tensor | None = None,
+    *,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """Read for some tokens, and take them in."""
     query, key = (F.elu(x.to(state.dtype)) + 1 for x in (q, k))
     if real is not None:
@@ -65,4 +73,4 @@ def _advance(
     read, state = gated_linear_attention(query, key, values, never, chunk_size=chunk_size, initial_state=state)
     total = read[..., -1:]
     # Every φ is positive, so that only an empty memory has no mass.
-    return (read[..., :-1] / total.masked_fill(total == 0, 1.0)).to(v.dtype), state
+    return (read[..., :-1] / total.masked_fill(total == 0, 1.0)).to(v.dtype), state, ()

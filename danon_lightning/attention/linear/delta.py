@@ -16,7 +16,9 @@ from danon_lightning.attention.linear.chunks import Chunks, decay_between, decay
 __all__ = ["replace"]
 
 
-def replace(chunks: Chunks, state: Tensor) -> tuple[Tensor, Tensor]:
+def replace(
+    chunks: Chunks, state: Tensor, inverse: Tensor | None = None, updates: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Advance the gated delta rule by T chunks.
 
     With u_t = η_t (v_t - γ_t S_{t-1}ᵀ k_t), what a token adds on top of what its key held, the state is
@@ -26,19 +28,30 @@ def replace(chunks: Chunks, state: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         chunks: The chunks, with ``beta``.
         state: The state before them ``[N, d, dv]``.
+        inverse: The inverse of the triangular matrix ``[N·T, C, C]``, if it is known.
+        updates: The u ``[N·T, C, dv]``, given if ``inverse`` is.
 
     Returns:
-        The output ``[N, T, C, dv]`` and the new state.
+        The output ``[N, T, C, dv]``, the new state, the inverse and the u; the last two without gradients.
     """
     # Compilers and exporters find the backward pass by themselves.
     q, k, v, log_decay, beta = chunks
     assert beta is not None
     advance = _advance if torch.compiler.is_compiling() else _Replace.apply
-    output, last, *_ = advance(q, k, v, log_decay, beta, state)
-    return output, last
+    output, last, inverse, updates, *_ = advance(q, k, v, log_decay, beta, state, inverse, updates)
+    return output, last, inverse, updates
 
 
-def _advance(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, ...]:
+def _advance(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    inverse: Tensor | None,
+    updates: Tensor | None,
+) -> tuple[Tensor, ...]:
     """Return the output, the new state, and what the backward pass needs, each a matrix a chunk ``[N·T, ., .]``."""
     outer, dtype = q.shape[:2], state.dtype
     q, k, v, beta = (x.flatten(0, 1) for x in (q, k, v, beta))
@@ -46,37 +59,58 @@ def _advance(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, s
     from_start = log_decay.exp().to(dtype).flatten(0, 1).unsqueeze(-1)
     weights = (q @ k.mT).mul_(decay)
     scaled = beta * k
-    # Only what is below the diagonal is read. The backward pass needs the inverse too, transposed.
-    identity = torch.eye(k.shape[-2], dtype=dtype, device=k.device).expand_as(decay)
-    inverse = torch.linalg.solve_triangular((scaled @ k.mT).mul_(decay), identity, upper=False, unitriangular=True)
+    if inverse is None:
+        # Only what is below the diagonal is read. The backward pass needs the inverse too, transposed.
+        identity = torch.eye(k.shape[-2], dtype=dtype, device=k.device).expand_as(decay)
+        inverse = torch.linalg.solve_triangular((scaled @ k.mT).mul_(decay), identity, upper=False, unitriangular=True)
     # The updates are u = free - bound @ S.
-    free, bound = inverse @ (beta * v), inverse @ (scaled * from_start)
+    bound = inverse @ (scaled * from_start)
     # From chunk to chunk the state undergoes an affine map.
     keys = (k * decay_to_end(log_decay, dtype).flatten(0, 1)).mT
     kept = torch.diag_embed(from_start[:, -1].expand(-1, k.shape[-1]))
-    factors, summands = (x.unflatten(0, outer) for x in (kept.baddbmm_(keys, bound, alpha=-1), keys @ free))
+    factors = kept.baddbmm_(keys, bound, alpha=-1).unflatten(0, outer)
     states = [state]
-    for factor, summand in zip(factors.unbind(1), summands.unbind(1), strict=True):
-        states.append(torch.baddbmm(summand, factor, states[-1]))
-    before = torch.stack(states[:-1], dim=1).flatten(0, 1)
-    updates = torch.baddbmm(free, bound, before, alpha=-1)
+    if updates is None:
+        free = inverse @ (beta * v)
+        for factor, summand in zip(factors.unbind(1), (keys @ free).unflatten(0, outer).unbind(1), strict=True):
+            states.append(torch.baddbmm(summand, factor, states[-1]))
+        before = torch.stack(states[:-1], dim=1).flatten(0, 1)
+        updates = torch.baddbmm(free, bound, before, alpha=-1)
+    else:
+        left = from_start[:, -1:].unflatten(0, outer)
+        for share, added in zip(left.unbind(1), (keys @ updates).unflatten(0, outer).unbind(1), strict=True):
+            states.append(torch.addcmul(added, share, states[-1]))
+        before = torch.stack(states[:-1], dim=1).flatten(0, 1)
     output = (q @ before).mul_(from_start).baddbmm_(weights, updates)
-    return output.unflatten(0, outer), states[-1], decay, weights, inverse, bound, factors, before, updates
+    return output.unflatten(0, outer), states[-1], inverse, updates, decay, weights, bound, factors, before
 
 
 class _Replace(torch.autograd.Function):
     """The same with the backward pass by hand: a third of the products and passes that autograd takes."""
 
     @staticmethod
-    def forward(ctx: Any, *operands: Tensor) -> tuple[Tensor, Tensor]:
-        output, last, *kept = _advance(*operands)
-        ctx.save_for_backward(*operands[:-1], last, *kept)
-        return output, last
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor,
+        beta: Tensor,
+        state: Tensor,
+        inverse: Tensor | None,
+        updates: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        known = inverse, updates
+        output, last, inverse, updates, *kept = _advance(q, k, v, log_decay, beta, state, *known)
+        ctx.save_for_backward(q, k, v, log_decay, beta, last, inverse, updates, *kept)
+        ctx.mark_non_differentiable(inverse, updates)
+        return output, last, inverse, updates
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        q, k, v, log_decay, beta, last, decay, weights, inverse, bound, factors, before, updates = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, log_decay, beta, last, inverse, updates, *rest = ctx.saved_tensors
+        decay, weights, bound, factors, before = rest
         outer, dtype = q.shape[:2], q.dtype
         grad = grads[0].flatten(0, 1)
         q, k, v, beta = (x.flatten(0, 1) for x in (q, k, v, beta))
@@ -109,4 +143,4 @@ class _Replace(torch.autograd.Function):
         grad_decay = grad_decay.unflatten(0, outer).to(log_decay.dtype)
         grad_decay[..., -1] += grad_last
         results = grad_q, reading.add_(writing), grad_right * beta, grad_decay, grad_beta.unsqueeze(-1)
-        return *(x if x is grad_decay else x.unflatten(0, outer) for x in results), grad_states[-1]
+        return *(x if x is grad_decay else x.unflatten(0, outer) for x in results), grad_states[-1], None, None

@@ -9,6 +9,9 @@ Reference:
     Rule" (the delta rule with decay, solved inside a chunk by the WY representation).
 """
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,7 +21,7 @@ from danon_lightning.attention.linear.chunks import Chunks, chunked, cumulated, 
 from danon_lightning.attention.linear.delta import replace
 from danon_lightning.attention.precision import without_autocast
 
-__all__ = ["gated_delta_rule", "gated_linear_attention"]
+__all__ = ["gated_delta_rule", "gated_linear_attention", "resumed_delta_rule"]
 
 
 def gated_linear_attention(
@@ -51,7 +54,7 @@ def gated_linear_attention(
         ValueError: If shapes do not fit each other or ``chunk_size`` is out of range.
     """
     _check(q, k, v, {"log_decay": log_decay}, chunk_size, initial_state)
-    return _run(q, k, v, log_decay, None, chunk_size, initial_state)
+    return _run(q, k, v, log_decay, None, chunk_size, initial_state)[:2]
 
 
 def gated_delta_rule(
@@ -87,7 +90,32 @@ def gated_delta_rule(
         ValueError: If shapes do not fit each other or ``chunk_size`` is out of range.
     """
     _check(q, k, v, {"log_decay": log_decay, "beta": beta}, chunk_size, initial_state)
-    return _run(q, k, v, log_decay, beta, chunk_size, initial_state)
+    return _run(q, k, v, log_decay, beta, chunk_size, initial_state)[:2]
+
+
+def resumed_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    chunk_size: int,
+    initial_state: Tensor,
+    known: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """Do what ``gated_delta_rule`` does, and return also what makes it shorter the next time.
+
+    Args:
+        q: Queries ``[b, H, n, d]``.
+        k: Keys ``[b, G, n, d]``.
+        v: Values ``[b, G, n, dv]``.
+        log_decay: ln γ ``[b, H, n]``.
+        beta: The rates η ``[b, H, n]``.
+        chunk_size: Tokens in a chunk.
+        initial_state: The state before the first token ``[b, H, d, dv]``.
+        known: What the same call has returned last, or nothing.
+    """
+    return _run(q, k, v, log_decay, beta, chunk_size, initial_state, known)
 
 
 def _run(
@@ -98,7 +126,8 @@ def _run(
     beta: Tensor | None,
     chunk_size: int,
     initial_state: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+    known: Sequence[Tensor] = (),
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """Hand the state on from chunks to chunks; with ``beta`` the delta rule, without it plain sums."""
     batch, heads, length, width = q.shape
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), torch.promote_types(v.dtype, torch.float32))
@@ -106,13 +135,17 @@ def _run(
         state = torch.zeros(batch * heads, width, v.shape[-1], dtype=dtype, device=q.device)
     else:
         state = initial_state.to(dtype).flatten(0, 1)
-    outputs = []
+    outputs, kept, before = [], [], iter(known)
     with without_autocast(q.device):
         for chunks in chunked(q, k, v, log_decay, beta, min(chunk_size, length), dtype):
-            output, state = _add_up(chunks, state) if beta is None else replace(chunks, state)
+            if beta is None:
+                output, state = _add_up(chunks, state)
+            else:
+                output, state, *keep = replace(chunks, state, *itertools.islice(before, 2))
+                kept += keep
             outputs.append(output.flatten(1, 2).to(v.dtype))
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-    return output[:, :length].unflatten(0, (batch, heads)), state.unflatten(0, (batch, heads))
+    return output[:, :length].unflatten(0, (batch, heads)), state.unflatten(0, (batch, heads)), tuple(kept)
 
 
 def _add_up(chunks: Chunks, state: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from danon_lightning.attention.msra.fusion import FeatureFusion, fuse_levels
 from danon_lightning.attention.msra.geometry import Geometry
 from danon_lightning.attention.pieces import tokens_at_once
 from danon_lightning.attention.pooling import build_pyramid, token_cells
-from danon_lightning.attention.recompute import PieceWork, in_pieces
+from danon_lightning.attention.recompute import Piece, PieceWork, in_pieces
 from danon_lightning.attention.rotary import apply_rotary, cell_positions, rotary_tables, rotate
 from danon_lightning.attention.windows import padded, windows
 
@@ -234,13 +234,12 @@ class _Work(PieceWork):
 
     def run(
         self, start: int, stop: int, operands: Sequence[Tensor], state: Tensor | None, known: Sequence[Tensor] | None
-    ) -> tuple[tuple[Tensor, ...], None]:
+    ) -> Piece:
         """Attend."""
         result = None if known is None else Joint(*known)
         sets = self.sets(start, operands)
-        return tuple(
-            joint_attention(sets, stop - start, dropout_p=self.dropout_p, seed=self.seed + start, known=result)
-        ), None
+        joint = joint_attention(sets, stop - start, dropout_p=self.dropout_p, seed=self.seed + start, known=result)
+        return Piece(tuple(joint))
 
     def sets(self, start: int, operands: Sequence[Tensor]) -> list[KeySet]:
         """Return the keys of each level, laid out for the queries from ``start`` on."""
@@ -270,13 +269,19 @@ class _Work(PieceWork):
         size, block = geometry.block_size, geometry.block_length(level)
         blocks = self._blocks(level, start, start + tokens)
         count, alone = blocks.stop - blocks.start, block >= self.length
-        # The cells at the end of the own block are too near for every query of a causal level.
-        own = size - 2 * size // geometry.pool_factor if level > 0 and self.causal else size
         before = size if blocks.start == 0 and not alone else 0
         if key.shape[1] != heads:
             key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
         neighbours = 0 if alone else 1 if self.causal else 2
-        wide = own if alone else own + size if self.causal else 3 * size
+        # A window starts one block early, if there is an earlier block at all.
+        first = start % block + (0 if alone else block)
+        last = first + tokens - 1 if count == 1 else 2 * block - 1
+        if level == 0 or not self.causal:
+            wide = (1 + neighbours) * size
+        else:
+            # Cells from here on are too near, even for the last of these queries.
+            below, step = last // geometry.block_length(level - 1), size // geometry.pool_factor
+            wide = max(1, below - 1) * step
         after = 0 if alone else (count + neighbours) * size - before - key.shape[2]
         key, value = (windows(padded(x, before, after), count, size, wide) for x in (key, value))
         masses = windows(padded(mass.unsqueeze(-1), before, after, MASKED), count, size, wide).mT  # [., 1, c, 1, w]
@@ -287,8 +292,7 @@ class _Work(PieceWork):
         rows = -(-(tokens if count == 1 else block) // group)
         if tokens > group:
             query = padded(query, 0, count * rows * group - tokens)
-        # A window starts one block early, if there is an earlier block at all.
-        positions = start % block + (0 if alone else block) + torch.arange(rows, device=key.device) * group
+        positions = first + torch.arange(rows, device=key.device) * group
         columns = torch.arange(key.shape[-2], device=key.device)
         visible = geometry.visible(positions.unsqueeze(-1), columns, level, causal=self.causal)
         preference = None if level_bias is None else level_bias[..., level]
