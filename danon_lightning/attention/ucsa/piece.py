@@ -8,6 +8,7 @@ its queries choose are read for many pieces at once.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -232,39 +233,47 @@ class Piece:
         tiles = self._tiles(parents, groups)
         if tiles is None:
             return self.blocks, None
-        visible = tiles.present.unsqueeze(-1).expand(-1, -1, -1, factor).contiguous()  # [N, M, s, r]
         # What was expanded lies outside of the window, all of it; of the frontier only a part does.
-        cut = parents[:, :, -frontier.shape[-1] :].unsqueeze(-1) * factor + torch.arange(factor, device=self.device)
-        visible[:, :, -frontier.shape[-1] :] &= self.layout.outside(cut, self.positions.view(-1, 1, 1), level)
+        edge = slice(parents.shape[-1] - frontier.shape[-1], None)
+        cut = parents[:, :, edge].unsqueeze(-1) * factor + torch.arange(factor, device=self.device)
+        outside = self.layout.outside(cut, self.positions.view(-1, 1, 1), level) & tiles.present[:, :, edge, None]
 
         def children() -> Tensor:
             indices = parents.unsqueeze(-1) * factor + torch.arange(factor, device=self.device)
             return indices.clamp_(min=0).flatten(2)
 
         products = None if self.known is not None else self._judge_children(tiles, cells)  # [N, M, s, 2r]
+        if products is not None:
+            if not bool(tiles.present[:, :, : edge.start].all()):
+                products.masked_fill_(~tiles.present.unsqueeze(-1), MASKED)
+            products[:, :, edge].unflatten(-1, (2, factor)).add_(self._hide(~outside).unsqueeze(-2))
 
         def score() -> Tensor:
             assert products is not None
             scores = products[..., :factor]
-            allowed = visible
             if cells.bias is not None or cells.expandable is not None:
                 row = torch.arange(self.rows, device=self.device).view(-1, 1, 1, 1)
-                index = children().view_as(visible)
+                index = children().view_as(scores)
             if cells.bias is not None:
                 heads = cells.bias.shape[1]
                 head = torch.arange(self.repeats, device=self.device).repeat_interleave(self.length) % heads
                 scores += cells.bias.flatten()[(row * heads + head.view(-1, 1, 1)) * cells.keys.shape[1] + index]
             if cells.expandable is not None:
-                allowed = visible & cells.expandable.flatten()[row * cells.keys.shape[1] + index]
-            return scores.flatten(2).masked_fill_(~allowed.flatten(2), MASKED)
+                scores.masked_fill_(~cells.expandable.flatten()[row * cells.keys.shape[1] + index], MASKED)
+            return scores.flatten(2)
 
         chosen = self._choose(score, children)
-        hidden = _mark(chosen, parents.shape[-1] * factor).view_as(visible).logical_or_(~visible)
         log_mass = cells.log_mass.unflatten(1, (-1, factor))
+
+        @cache
+        def hidden() -> Tensor:
+            marked = _mark(chosen, parents.shape[-1] * factor).unflatten(-1, (-1, factor))
+            marked[:, :, edge] |= ~outside
+            return marked
 
         def bias(tiles: Tiles | None) -> Tensor:
             assert tiles is not None
-            return torch.where(tiles.take_pairs(hidden), MASKED, tiles.take_groups(log_mass).unsqueeze(1))
+            return torch.where(tiles.take_pairs(hidden()), MASKED, tiles.take_groups(log_mass).unsqueeze(1))
 
         def pick(sources: Sources) -> tuple[Tensor, Tensor]:
             here = sources.levels[level]
@@ -272,8 +281,10 @@ class Piece:
 
         def part() -> AttentionPart:
             assert products is not None
-            logits = products[..., factor:].flatten(2).masked_fill_(hidden.flatten(2), MASKED)
-            return self._read_children(logits, children(), cells)
+            # Where nothing was chosen, a bound goes, which nobody needs any more.
+            logits = torch.where(chosen < 0, 0, (chosen // factor * 2 + 1) * factor + chosen % factor)
+            products.flatten(2).scatter_(-1, logits, MASKED)
+            return self._read_children(products[..., factor:].flatten(2), children(), cells)
 
         candidates = chosen.clamp(min=0)
         expanded = parents.gather(-1, candidates // factor) * factor + candidates % factor
