@@ -29,6 +29,7 @@ def full_attention(
     causal: bool = True,
     key_padding_mask: Tensor | None = None,
     dropout_p: float = 0.0,
+    scale: float | None = None,
 ) -> Tensor:
     """Attend to all keys, cost O(n²), through ``scaled_dot_product_attention``.
 
@@ -39,6 +40,7 @@ def full_attention(
         causal: Whether query i sees the keys up to ``m - n + i`` only: the queries are the last n of the m tokens.
         key_padding_mask: True for real tokens ``[b, m]``, boolean; ``None`` means that all are.
         dropout_p: Probability of dropping an attention weight.
+        scale: Factor of the logits; ``None`` means 1/√d.
 
     Returns:
         ``[b, H, n, d]``; rows that see no real token are zero.
@@ -49,16 +51,18 @@ def full_attention(
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     if key_padding_mask is None and (queries == keys or queries == 1 or not causal):
         # The last query sees everything; elsewhere is_causal spares the kernel half of the work.
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=causal and queries > 1)
+        return F.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout_p, is_causal=causal and queries > 1, scale=scale
+        )
     visible = torch.ones(queries, keys, dtype=torch.bool, device=q.device)
     if causal:
         visible = visible.tril(keys - queries)
     if key_padding_mask is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout_p)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout_p, scale=scale)
     visible = visible & key_padding_mask[:, None, None, :]  # [b, 1, n, m]
     blind = ~visible.any(dim=-1, keepdim=True)
     # A softmax over nothing is NaN in some kernels: let blind rows see everything, and drop what they find.
-    output = F.scaled_dot_product_attention(q, k, v, attn_mask=visible | blind, dropout_p=dropout_p)
+    output = F.scaled_dot_product_attention(q, k, v, attn_mask=visible | blind, dropout_p=dropout_p, scale=scale)
     return output.masked_fill(blind, 0.0)
 
 

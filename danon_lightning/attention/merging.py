@@ -165,10 +165,10 @@ def merge_parts(parts: Sequence[AttentionPart]) -> AttentionPart:
     """
     if len(parts) == 1:
         return parts[0]
-    lses = torch.stack([part.lse for part in parts], dim=-1)
-    shares = torch.softmax(lses, dim=-1)
+    lses = torch.stack([part.lse for part in parts])
+    shares = torch.softmax(lses, dim=0).unsqueeze(-1)
     # A product and a sum: each is faster on CPUs than addcmul with a factor for each row.
-    output = parts[0].output * shares[..., :1]
-    for index, part in enumerate(parts[1:], start=1):
-        output = output + part.output * shares[..., index : index + 1]
-    return AttentionPart(output.to(parts[0].output.dtype), torch.logsumexp(lses, dim=-1))
+    output = parts[0].output * shares[0]
+    for part, share in zip(parts[1:], shares[1:], strict=True):
+        output = output + part.output * share
+    return AttentionPart(output.to(parts[0].output.dtype), torch.logsumexp(lses, dim=0))

@@ -63,6 +63,17 @@ def test_sparse_form_equals_the_definition(length, padding, causal, monkeypatch)
             assert_same(tensors, sparse(**tensors, **settings), expected)
 
 
+@pytest.mark.parametrize("share", [0.0, 2.0], ids=["apart", "like all others"])
+@pytest.mark.parametrize("tolerance", [0.0, 0.9])
+@pytest.mark.parametrize("padding", ["none", "left", "ragged"])
+def test_first_queries_read_everything(padding, tolerance, share, monkeypatch):
+    torch.manual_seed(0)
+    tensors, mask = make_qkv(61), make_mask(padding, 61)
+    settings = {**SIZES, "tree_levels": 2, "key_padding_mask": mask, "error_tolerance": tolerance}
+    monkeypatch.setattr("danon_lightning.attention.ucsa.functional.LEAST_DENSE_SHARE", share)
+    assert_same(tensors, ucsa_attention(**tensors, **settings), ucsa_attention_reference(**tensors, **settings))
+
+
 @pytest.mark.parametrize("seed", range(24))
 def test_sparse_form_at_any_settings(seed, monkeypatch):
     monkeypatch.setattr("danon_lightning.attention.ucsa.sparse.QUERIES_AT_ONCE", 50)

@@ -11,15 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from danon_lightning.attention.full import full_attention
+from danon_lightning.attention.precision import without_autocast
 from danon_lightning.attention.rotary import apply_rotary, cell_positions
 from danon_lightning.attention.ucsa.arguments import check_tensors
 from danon_lightning.attention.ucsa.cells import SelectionBias, block_cells, block_errors, parent_cells
 from danon_lightning.attention.ucsa.layout import Layout
 from danon_lightning.attention.ucsa.rotation import rotate_sequence
-from danon_lightning.attention.ucsa.sources import Sources, level_of
+from danon_lightning.attention.ucsa.sources import CELLS_ABREAST, Sources, level_of
 from danon_lightning.attention.ucsa.sparse import Attended, sparse_attention
 
 __all__ = ["UCSAStats", "ucsa_attention"]
+
+# Of fewer queries that read everything, what they gain is less than it takes to put two results together.
+LEAST_DENSE_SHARE = 1 / 32
 
 
 class UCSAStats(NamedTuple):
@@ -166,9 +170,9 @@ def ucsa_attention(
         selection_bias=selection_bias,
         error_tolerance=error_tolerance,
     )
-    outside = layout.blocks_outside(length)
-    if not return_stats and (outside == 0 or (outside <= num_selected and error_tolerance == 0.0)):
-        # Everything is read token by token: this is full attention, for which there are faster kernels.
+    # Where everything is read token by token, this is full attention, for which there are faster kernels.
+    dense = 0 if return_stats else layout.reading_everything(length, expandable=error_tolerance == 0.0)
+    if dense == length:
         positions = cell_positions(0, length, 1, q.device)
         query, key = apply_rotary(q, positions, rope_base), apply_rotary(k, positions, rope_base)
         return full_attention(query, key, v, causal=causal, key_padding_mask=key_padding_mask, dropout_p=dropout_p)
@@ -177,12 +181,20 @@ def ucsa_attention(
         return _without_values(q, v, layout, return_stats)
     batch, groups, k = q.shape[0], k.shape[1], k.to(q.dtype)
     query, rotated = rotate_sequence(q, k, rope_base)
+    dense = dense if dense >= LEAST_DENSE_SHARE * length else 0
+    first, query = query.split([dense, length - dense], dim=2)
     query = query.unflatten(1, (groups, -1)).flatten(0, 1)
     sources = _make_sources(
         k, rotated, v.to(q.dtype), layout, rope_base, key_padding_mask, error_tolerance, selection_bias
     )
-    attended = sparse_attention(query, sources, layout, dropout_p=dropout_p, shares=return_stats)
+    attended = sparse_attention(query, sources, layout, start=dense, dropout_p=dropout_p, shares=return_stats)
     output = attended.output.unflatten(0, (batch, groups)).flatten(1, 2).to(v.dtype)
+    if dense:
+        key, value = rotated[:, :, :dense], v[:, :, :dense].to(q.dtype)
+        mask = None if key_padding_mask is None else key_padding_mask[:, :dense]
+        with without_autocast(q.device):
+            read = full_attention(first, key, value, key_padding_mask=mask, dropout_p=dropout_p, scale=1.0)
+        return torch.cat([read.to(v.dtype), output], dim=2)
     if not return_stats:
         return output
     errors = block_errors(v, block_size=block_size, num_sinks=num_sinks, key_padding_mask=key_padding_mask)
@@ -232,7 +244,7 @@ def _make_sources(
     ]
     for level in range(1, layout.tree_levels):
         cells.append(parent_cells(cells[-1], first=0, level=level, layout=layout, rope_base=rope_base))
-    multiples = [layout.tree_factor] * (layout.tree_levels - 1) + [1]
+    multiples = [layout.tree_factor] * (layout.tree_levels - 1) + [CELLS_ABREAST]
     trunk = [x.flatten(0, 1).unflatten(1, (blocks, layout.block_size)) for x in (trunk_keys, trunk_values)]
     return Sources(
         sink_keys.flatten(0, 1),

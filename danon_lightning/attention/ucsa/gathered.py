@@ -39,18 +39,20 @@ def attend_gathered(
         that are absent; float32 or float64.
     """
     precise = torch.promote_types(query.dtype, torch.float32)
-    outputs = (scratch or Scratch()).take("places", (*tiles.query.shape, query.shape[-1]), precise, query.device)
+    scratch = scratch or Scratch()
+    outputs = scratch.take("places", (*tiles.query.shape, query.shape[-1]), precise, query.device)
     lses = query.new_empty(tiles.query.shape, dtype=precise)
     for some, output, lse in tiles.split(keys.shape[2], outputs, lses):
-        key, value = some.take_groups(keys), some.take_groups(values)
+        key, value = some.take_groups(keys, (scratch, "keys")), some.take_groups(values, (scratch, "values"))
+        asking = some.take_queries(query, (scratch, "queries"))
         if keep is None and query.dtype == precise:
             # There are too few keys for a fused kernel to gain anything.
-            logits = biased_logits(some.take_queries(query), key, bias(some))
+            logits = biased_logits(asking, key, bias(some))
             weights = torch.softmax(logits, dim=-1)
             torch.bmm(weights, value, out=output)
             torch.sub(logits.amax(dim=-1), weights.amax(dim=-1).log_(), out=lse)
         else:
-            output[:], lse[:] = attend(some.take_queries(query), key, value, bias(some), keep)
+            output[:], lse[:] = attend(asking, key, value, bias(some), keep)
     return outputs, tiles.to_pairs(lses).masked_fill_(~tiles.present, MASKED)
 
 

@@ -77,6 +77,18 @@ class Layout:
         """
         return max(0, self.num_blocks(length) - 1 - self.window_blocks)
 
+    def reading_everything(self, length: int, *, expandable: bool) -> int:
+        """Return how many of the first queries read all that they see token by token.
+
+        Args:
+            length: Tokens of the sequence.
+            expandable: Whether every block may be expanded.
+        """
+        selected = self.num_selected if expandable else 0
+        if self.causal:
+            return min(length, self.num_sinks + (1 + self.window_blocks + selected) * self.block_size)
+        return length if self.blocks_outside(length) <= selected else 0
+
     def cells_before(self, positions: Tensor, level: int) -> Tensor:
         """Return for each query the number of cells wholly before its window: those with a smaller index."""
         own = (positions - self.num_sinks).clamp(min=0) // self.block_size

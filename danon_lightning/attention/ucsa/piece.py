@@ -8,6 +8,7 @@ its queries choose are read for many pieces at once.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from danon_lightning.attention.ucsa.gathered import attend_gathered, gradients_o
 from danon_lightning.attention.ucsa.layout import Layout
 from danon_lightning.attention.ucsa.products import attend, gradients
 from danon_lightning.attention.ucsa.selection import best_cells, bound_query
-from danon_lightning.attention.ucsa.sources import Level, Sources
+from danon_lightning.attention.ucsa.sources import CELLS_ABREAST, Level, Sources
 from danon_lightning.attention.ucsa.tiles import Tiles
 from danon_lightning.attention.ucsa.windows import Windows
 
@@ -188,14 +189,14 @@ class Piece:
         count = cells.keys.shape[1]
         if self.layout.causal:
             seen = max(0, self.last_block - self.layout.window_blocks) // self.layout.tree_factor**level
-            count = min(count, seen)
+            count = min(count, -(-seen // CELLS_ABREAST) * CELLS_ABREAST)
         if count == 0:
             return self.blocks, None
         # The first cells are seen by all queries: nothing needs to be hidden there.
         common = max(0, self.windows.first_block - self.layout.window_blocks) // self.layout.tree_factor**level
         common = min(common, count) if self.layout.causal else 0
         indices = torch.arange(count, device=self.device)
-        visible = self.layout.outside(indices[common:], self.positions.unsqueeze(-1), level)  # [M, c - common]
+        hidden = self._hide(~self.layout.outside(indices[common:], self.positions.unsqueeze(-1), level))
 
         def score() -> Tensor:
             scores = _precise(torch.bmm(bound_query(self.query), cells.bounds[:, :count].mT))
@@ -203,17 +204,17 @@ class Piece:
                 scores.unflatten(1, (self.repeats, self.length)).add_(cells.bias[:, :, None, :count])
             if cells.expandable is not None:
                 scores.masked_fill_(~cells.expandable[:, None, :count], MASKED)
-            scores[:, :, common:].masked_fill_(~visible, MASKED)
+            scores[:, :, common:] += hidden  # [M, c - common]
             return scores
 
         chosen = self._choose(score, lambda: indices)
 
         def bias(tiles: Tiles | None) -> Tensor:
             masses = cells.log_mass[:, None, :count]
-            # A column more, where those go that have chosen nothing.
-            biases = masses.new_empty(self.rows, len(self.positions), count + 1)
+            # Columns more, where those go that have chosen nothing.
+            biases = masses.new_empty(self.rows, len(self.positions), count + CELLS_ABREAST)
             biases[:, :, :common] = masses[:, :, :common]
-            biases[:, :, common:count] = torch.where(visible, masses[:, :, common:], MASKED)
+            torch.add(masses[:, :, common:], hidden, out=biases[:, :, common:count])
             return biases.scatter_(-1, torch.where(chosen < 0, count, chosen), MASKED)[:, :, :count]
 
         def pick(sources: Sources) -> tuple[Tensor, Tensor]:
@@ -232,39 +233,47 @@ class Piece:
         tiles = self._tiles(parents, groups)
         if tiles is None:
             return self.blocks, None
-        visible = tiles.present.unsqueeze(-1).expand(-1, -1, -1, factor).contiguous()  # [N, M, s, r]
         # What was expanded lies outside of the window, all of it; of the frontier only a part does.
-        cut = parents[:, :, -frontier.shape[-1] :].unsqueeze(-1) * factor + torch.arange(factor, device=self.device)
-        visible[:, :, -frontier.shape[-1] :] &= self.layout.outside(cut, self.positions.view(-1, 1, 1), level)
+        edge = slice(parents.shape[-1] - frontier.shape[-1], None)
+        cut = parents[:, :, edge].unsqueeze(-1) * factor + torch.arange(factor, device=self.device)
+        outside = self.layout.outside(cut, self.positions.view(-1, 1, 1), level) & tiles.present[:, :, edge, None]
 
         def children() -> Tensor:
             indices = parents.unsqueeze(-1) * factor + torch.arange(factor, device=self.device)
             return indices.clamp_(min=0).flatten(2)
 
         products = None if self.known is not None else self._judge_children(tiles, cells)  # [N, M, s, 2r]
+        if products is not None:
+            if not bool(tiles.present[:, :, : edge.start].all()):
+                products.masked_fill_(~tiles.present.unsqueeze(-1), MASKED)
+            products[:, :, edge].unflatten(-1, (2, factor)).add_(self._hide(~outside).unsqueeze(-2))
 
         def score() -> Tensor:
             assert products is not None
             scores = products[..., :factor]
-            allowed = visible
             if cells.bias is not None or cells.expandable is not None:
                 row = torch.arange(self.rows, device=self.device).view(-1, 1, 1, 1)
-                index = children().view_as(visible)
+                index = children().view_as(scores)
             if cells.bias is not None:
                 heads = cells.bias.shape[1]
                 head = torch.arange(self.repeats, device=self.device).repeat_interleave(self.length) % heads
                 scores += cells.bias.flatten()[(row * heads + head.view(-1, 1, 1)) * cells.keys.shape[1] + index]
             if cells.expandable is not None:
-                allowed = visible & cells.expandable.flatten()[row * cells.keys.shape[1] + index]
-            return scores.flatten(2).masked_fill_(~allowed.flatten(2), MASKED)
+                scores.masked_fill_(~cells.expandable.flatten()[row * cells.keys.shape[1] + index], MASKED)
+            return scores.flatten(2)
 
         chosen = self._choose(score, children)
-        hidden = _mark(chosen, parents.shape[-1] * factor).view_as(visible).logical_or_(~visible)
         log_mass = cells.log_mass.unflatten(1, (-1, factor))
+
+        @cache
+        def hidden() -> Tensor:
+            marked = _mark(chosen, parents.shape[-1] * factor).unflatten(-1, (-1, factor))
+            marked[:, :, edge] |= ~outside
+            return marked
 
         def bias(tiles: Tiles | None) -> Tensor:
             assert tiles is not None
-            return torch.where(tiles.take_pairs(hidden), MASKED, tiles.take_groups(log_mass).unsqueeze(1))
+            return torch.where(tiles.take_pairs(hidden()), MASKED, tiles.take_groups(log_mass).unsqueeze(1))
 
         def pick(sources: Sources) -> tuple[Tensor, Tensor]:
             here = sources.levels[level]
@@ -272,8 +281,10 @@ class Piece:
 
         def part() -> AttentionPart:
             assert products is not None
-            logits = products[..., factor:].flatten(2).masked_fill_(hidden.flatten(2), MASKED)
-            return self._read_children(logits, children(), cells)
+            # Where nothing was chosen, a bound goes, which nobody needs any more.
+            logits = torch.where(chosen < 0, 0, (chosen // factor * 2 + 1) * factor + chosen % factor)
+            products.flatten(2).scatter_(-1, logits, MASKED)
+            return self._read_children(products[..., factor:].flatten(2), children(), cells)
 
         candidates = chosen.clamp(min=0)
         expanded = parents.gather(-1, candidates // factor) * factor + candidates % factor
@@ -349,19 +360,21 @@ class Piece:
     def _gradients_of_dense(self, keys: _Set, grad: Tensor, lse: Tensor, shift: Tensor, totals: Sources) -> Tensor:
         """Add up gradients of keys and values; return that of the query."""
         query, key, value = self._operands(keys)
-        if keys.windows:
-            grad, lse, shift = (
-                self.windows.group(grad),
-                self.windows.group(lse, float("inf")),
-                self.windows.group(shift),
-            )
-        grads = gradients(query, key, value, keys.bias(None), self._keep, grad, lse, shift)
-        for total, own in zip(keys.pick(totals), grads[1:], strict=True):
-            if keys.windows:
-                self.windows.add(total, own)
-            else:
+        bias = keys.bias(None)
+        if not keys.windows:
+            grads = gradients(query, key, value, bias, self._keep, grad, lse, shift)
+            for total, own in zip(keys.pick(totals), grads[1:], strict=True):
                 total += own
-        return self.windows.ungroup(grads.query) if keys.windows else grads.query
+            return grads.query
+        windows, groups = self.windows, query.shape[:2]
+        operands = [query, key, value, windows.group(grad), windows.group(lse, float("inf")), windows.group(shift)]
+        query, key, value, grad, lse, shift = (x.flatten(0, 1) for x in operands)
+        bias = bias if bias is None or bias.shape[:2].numel() == 1 else bias.expand(*groups, -1, -1)
+        hidden = None if bias is None else bias.flatten(0, 1)
+        grads = gradients(query, key, value, hidden, self._keep, grad, lse, shift)
+        for total, own in zip(keys.pick(totals), grads[1:], strict=True):
+            windows.add(total, own.unflatten(0, groups))
+        return windows.ungroup(grads.query.unflatten(0, groups))
 
     def _gradients_of_tiles(self, keys: _Set, grad: Tensor, lse: Tensor, shift: Tensor, totals: Sources) -> Tensor:
         """Add up gradients of keys and values; return that of the query."""
@@ -370,12 +383,11 @@ class Piece:
         return gradients_of_gathered(keys.tiles, self.query, sources, keys.bias, self._keep, (grad, lse, shift), sums)
 
     def _operands(self, keys: _Set) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, keys and values of a set without tiles, as batches of matrices."""
+        """Return queries, keys and values of a set without tiles, as batches of matrices, two deep in windows."""
         key, value = keys.pick(self.sources)
         if not keys.windows:
             return self.query, key, value
-        key, value = (self.windows.take(x).flatten(0, 1) for x in (key, value))
-        return self.windows.group(self.query), key, value
+        return self.windows.group(self.query), self.windows.take(key), self.windows.take(value)
 
 
 def _mark(chosen: Tensor, count: int) -> Tensor:

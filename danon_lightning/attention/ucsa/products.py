@@ -33,8 +33,8 @@ def attend(
     """Attend.
 
     Args:
-        query: Scaled ``[B, P, d]``.
-        key: ``[B, w, d]``.
+        query: Scaled ``[B, P, d]``, or ``[N, C, P, d]``, like the others.
+        key: ``[B, w, d]``; overlapping views need no copies.
         value: ``[B, w, d]``.
         bias: Added to the logits, float32 or float64, of a shape that broadcasts with ``[B, P, w]``.
         keep: Gives the factors of dropout.
@@ -44,9 +44,18 @@ def attend(
     """
     if query.device.type == "cpu" and keep is None and query.dtype != torch.float16:
         # The kernel under scaled_dot_product_attention, which also returns the log-sum-exp. Logits stay in the cache.
-        mask = None if bias is None else bias.to(query.dtype).expand(*query.shape[:2], key.shape[1]).unsqueeze(1)
+        mask = None if bias is None else bias.to(query.dtype).expand(*query.shape[:-1], key.shape[-2])
+        if query.dim() == 4:
+            output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                query, key, value, attn_mask=mask, scale=1.0
+            )
+            return output.to(lse.dtype), lse
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1), attn_mask=mask, scale=1.0
+            query.unsqueeze(1),
+            key.unsqueeze(1),
+            value.unsqueeze(1),
+            attn_mask=None if mask is None else mask.unsqueeze(1),
+            scale=1.0,
         )
         return output.squeeze(1).to(lse.dtype), lse.squeeze(1)
     logits = biased_logits(query, key, bias)
@@ -55,7 +64,7 @@ def attend(
     lse = logits.amax(dim=-1) - weights.amax(dim=-1).log()
     if keep is not None:
         weights *= keep(weights.shape, weights.dtype)
-    return torch.bmm(weights.to(value.dtype), value).to(lse.dtype), lse
+    return (weights.to(value.dtype) @ value).to(lse.dtype), lse
 
 
 def gradients(
@@ -105,6 +114,6 @@ def gradients(
 
 def biased_logits(query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
     """Return logits ``[B, P, w]``, float32 or float64; see ``attend`` for the arguments."""
-    logits = torch.bmm(query, key.mT)
+    logits = query @ key.mT
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits if bias is None else logits.add_(bias)

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from danon_lightning.attention.scratch import Scratch
+
 __all__ = ["Tiles"]
 
 # Tiles worked on at once hold about this many logits: few enough to stay in the cache of a processor core.
@@ -87,17 +89,17 @@ class Tiles(NamedTuple):
             tiles = Tiles(group, query, pair, empty, self.place, self.present)
             yield tiles, *(x[start : start + count] for x in buffers)
 
-    def take_queries(self, x: Tensor) -> Tensor:
-        """Return ``[T, P, ...]`` of what each query has ``[N, M, ...]``."""
-        return x.flatten(0, 1).index_select(0, self.query.flatten()).unflatten(0, self.query.shape)
+    def take_queries(self, x: Tensor, held: tuple[Scratch, str] | None = None) -> Tensor:
+        """Return ``[T, P, ...]`` of what each query has ``[N, M, ...]``, in memory ``held`` under a name."""
+        return _rows(x.flatten(0, 1), self.query.flatten(), held).unflatten(0, self.query.shape)
 
     def take_pairs(self, x: Tensor) -> Tensor:
         """Return ``[T, P, ...]`` of what each pair has ``[N, M, s, ...]``."""
         return x.flatten(0, 2).index_select(0, self.pair.flatten()).unflatten(0, self.pair.shape)
 
-    def take_groups(self, x: Tensor) -> Tensor:
-        """Return ``[T, ...]`` of what each group of keys has ``[N, groups, ...]``."""
-        return x.flatten(0, 1).index_select(0, self.group)
+    def take_groups(self, x: Tensor, held: tuple[Scratch, str] | None = None) -> Tensor:
+        """Return ``[T, ...]`` of what each group of keys has ``[N, groups, ...]``, in memory ``held`` under a name."""
+        return _rows(x.flatten(0, 1), self.group, held)
 
     def to_pairs(self, x: Tensor) -> Tensor:
         """Return ``[N, M, s, ...]`` of what each place has ``[T, P, ...]``; something finite where pairs are absent."""
@@ -124,6 +126,14 @@ class Tiles(NamedTuple):
     def add_to_groups(self, total: Tensor, x: Tensor) -> None:
         """Add what each tile has ``[T, ...]`` to the total of its group of keys ``[N, groups, ...]``, contiguous."""
         total.view(-1, *total.shape[2:]).index_add_(0, self.group, x.to(total.dtype))
+
+
+def _rows(x: Tensor, index: Tensor, held: tuple[Scratch, str] | None) -> Tensor:
+    """Return rows ``[len(index), ...]`` of ``x``."""
+    if held is None:
+        return x.index_select(0, index)
+    scratch, name = held
+    return torch.index_select(x, 0, index, out=scratch.take(name, (len(index), *x.shape[1:]), x.dtype, x.device))
 
 
 def _tile_size(pairs: int, groups: int) -> int:

@@ -55,15 +55,15 @@ class Windows:
             x = torch.cat([ends[0], x, ends[1]], dim=1)
         if self.groups == 1:
             return x.flatten(1, 2).unsqueeze(1)
-        if x.shape[0] == 1 and x.is_contiguous():
-            # Windows of one row overlap in memory and need no copy.
-            shape = (1, self.groups, self.layout.blocks_in_window * self.layout.block_size, *x.shape[3:])
-            return x.as_strided(shape, (x.stride(0), *x.stride()[1:]))
+        if x[:1].is_contiguous():
+            # Windows of a row overlap in memory and need no copy.
+            shape = (x.shape[0], self.groups, self.layout.blocks_in_window * self.layout.block_size, *x.shape[3:])
+            return x.as_strided(shape, x.stride())
         shifts = [x[:, shift : shift + self.groups] for shift in range(self.layout.blocks_in_window)]
         return torch.cat(shifts, dim=2)
 
     def bias(self) -> Tensor:
-        """Return what hides the future, what lies beyond either end, and padding ``[N·C or 1, R·P or 1, W·S]``."""
+        """Return what hides the future, what is beyond either end, and padding ``[N or 1, C or 1, R·P or 1, W·S]``."""
         layout, sources, size = self.layout, self.sources, self.layout.block_size
         inside = self.first_block - layout.window_blocks >= sources.window_first and (
             layout.causal
@@ -83,31 +83,30 @@ class Windows:
             hidden = (hidden | (keys > queries)).repeat(1, self.repeats, 1)
         if sources.window_hidden is not None:
             first, last = self._range()
-            hidden = (hidden | self.take(sources.window_hidden[:, first:last]).unsqueeze(2)).flatten(0, 1)
-        elif len(hidden) > 1:
-            hidden = hidden.repeat(self.rows, 1, 1)
+            hidden = hidden | self.take(sources.window_hidden[:, first:last]).unsqueeze(2)
+        hidden = hidden if hidden.dim() == 4 else hidden.unsqueeze(0)
         return torch.zeros(hidden.shape, dtype=self.precise, device=self.device).masked_fill_(hidden, MASKED)
 
     def group(self, x: Tensor, fill: float = 0.0) -> Tensor:
-        """Return ``[N·C, R·P, ...]`` of what each query has ``[N, R·m, ...]``, groups filled up with ``fill``."""
+        """Return ``[N, C, R·P, ...]`` of what each query has ``[N, R·m, ...]``, groups filled up with ``fill``."""
         if self.groups == 1:
-            return x
+            return x.unsqueeze(1)
         x = x.unflatten(1, (self.repeats, self.length))
         after = self.groups * self.group_length - self.length - self.missing_before
         if self.missing_before or after:
             x = F.pad(x, (0, 0) * (x.dim() - 3) + (self.missing_before, after), value=fill)
-        return x.unflatten(2, (self.groups, -1)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+        return x.unflatten(2, (self.groups, -1)).transpose(1, 2).flatten(2, 3)
 
     def ungroup(self, x: Tensor) -> Tensor:
         """Undo ``group``."""
         if self.groups == 1:
-            return x
-        x = x.unflatten(0, (self.rows, self.groups)).unflatten(2, (self.repeats, -1)).transpose(1, 2).flatten(2, 3)
+            return x.squeeze(1)
+        x = x.unflatten(2, (self.repeats, -1)).transpose(1, 2).flatten(2, 3)
         return x[:, :, self.missing_before : self.missing_before + self.length].flatten(1, 2)
 
     def add(self, total: Tensor, grad: Tensor) -> None:
-        """Add gradients of windows ``[N·C, W·S, d]`` to those of their blocks ``[N, w, S, d]``."""
-        pieces = grad.unflatten(0, (self.rows, -1)).unflatten(2, (self.layout.blocks_in_window, -1))
+        """Add gradients of windows ``[N, C, W·S, d]`` to those of their blocks ``[N, w, S, d]``."""
+        pieces = grad.unflatten(2, (self.layout.blocks_in_window, -1))
         first = self.first_block - self.layout.window_blocks - self.sources.window_first
         offset = min(0, first)  # of the first window, from the first block that exists
         for shift in range(self.layout.blocks_in_window):
