@@ -12,8 +12,9 @@ counts.
 
 Then, for each model, "auto" trains on while the rate of the links changes, from the slowest to each other one and back.
 
-What should come out: "auto" takes at most 1.05 times as long as the best of its candidates and as plain DDP, and a
-change of bandwidth is answered within 20 steps, by a choice of which the same can be said.
+What should come out: "auto" takes at most 1.05 times as long as the best of its candidates and as plain DDP, and 20
+steps after a change of bandwidth it has a choice of which the same can be said, and another 40 steps later too. What
+it tries in between is part of the time that it takes.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from auto_compression_ranks import AUTO, BLOCK_STEPS, DDP, KINDS, Plan, measure
+from auto_compression_ranks import ANSWER_STEPS, AUTO, BLOCK_STEPS, DDP, KINDS, Plan, measure
 from rich.console import Console
 from rich.table import Table
 
@@ -42,7 +43,7 @@ from danon_lightning.benchmark.plotting import missing_reason
 from danon_lightning.testing import EmulatedHosts, run_distributed
 
 NODES, RANKS = 2, 2
-TARGET, ANSWER_STEPS = 1.05, 20
+TARGET = 1.05
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,10 @@ def verdict_of(found: Mapping[str, Any]) -> Verdict:
 
 
 def is_right(change: Mapping[str, Any], verdicts: Mapping[float | None, Verdict]) -> bool:
-    """Whether a change of bandwidth was answered in time, by a choice that the measured medians say is right."""
+    """Whether a change of bandwidth was answered in time, and for good, by what the measured medians say is right."""
     at_rate = verdicts[change["to"]]
-    right = at_rate.seconds[change["choice"]] <= TARGET * at_rate.seconds[at_rate.best]
-    return right and change["answered_after"] <= ANSWER_STEPS
+    chosen = max(at_rate.seconds[change[when]] for when in ("answer", "choice"))
+    return chosen <= TARGET * at_rate.seconds[at_rate.best]
 
 
 class Listener:
@@ -147,13 +148,13 @@ def table_of(model: Mapping[str, Any], found: Mapping[str, Any], verdict: Verdic
 def changes_table(model: Mapping[str, Any], verdicts: Mapping[float | None, Verdict]) -> Table:
     """What became of one model's changes of bandwidth."""
     table = Table(title=f"{model['model']}, bandwidth changed in mid-run", title_justify="left")
-    for heading in ("bandwidth", "before", "then", "steps", "÷ best", ""):
+    for heading in ("bandwidth", "before", f"+{ANSWER_STEPS} steps", "÷ best", "at last", ""):
         table.add_column(heading, no_wrap=True)
     for one in model["changes"]:
         at_rate = verdicts[one["to"]]
         table.add_row(
-            f"{format_rate(one['from'])} to {format_rate(one['to'])}", one["choice_before"], one["choice"],
-            str(one["answered_after"]), f"{at_rate.seconds[one['choice']] / at_rate.seconds[at_rate.best]:.3f}",
+            f"{format_rate(one['from'])} to {format_rate(one['to'])}", one["choice_before"], one["answer"],
+            f"{at_rate.seconds[one['answer']] / at_rate.seconds[at_rate.best]:.3f}", one["choice"],
             "right" if is_right(one, verdicts) else "WRONG",
         )  # fmt: skip
     return table

@@ -24,6 +24,10 @@ from danon_lightning.strategies.optimizer_checks import allowed_compressions
 DDP, AUTO = "ddp", "auto"
 # Memory is touched for the first time, DDP regroups its buckets, and thresholds settle.
 WARMUP_STEPS = 5
+# In which a change of bandwidth is to be answered.
+ANSWER_STEPS = 20
+# What takes so many times as long as the best is measured no further.
+CLEARLY_SLOWER = 1.5
 # As many as lie between two looks of "auto": each such block has one.
 BLOCK_STEPS = AutoCompression().every_n_steps
 # Small models in as many buckets as larger ones have.
@@ -278,12 +282,16 @@ def _settle(plan: Plan, kind: Kind, dense_setup: float) -> tuple[Trained, dict[s
 
 
 def _watch(auto: Trained, steps: int) -> tuple[list[float], list[str]]:
-    """What each of so many steps takes, and what is chosen after it."""
-    seconds, choices = [], []
-    for _ in range(steps):
-        seconds.append(auto.seconds(1))
+    """What each of so many steps takes on the slowest rank, and what is chosen after it."""
+    dist.barrier()
+    ends, choices = [time.perf_counter()], []
+    for _ in range(steps):  # without a pause: "auto" goes by what it measures here
+        auto.step()
+        ends.append(time.perf_counter())
         choices.append(auto.choice())
-    return seconds, choices
+    seconds = torch.tensor(ends, dtype=torch.float64).diff()
+    dist.all_reduce(seconds, dist.ReduceOp.MAX)
+    return seconds.tolist(), choices
 
 
 def last_change(before: str, choices: Sequence[str]) -> int:
@@ -292,10 +300,17 @@ def last_change(before: str, choices: Sequence[str]) -> int:
 
 
 def _rounds(variants: list[Trained], plan: Plan) -> dict[str, list[float]]:
-    """Mean steps of blocks, by name: all take turns, so that whatever else the machine does disturbs them alike."""
+    """Mean steps of blocks, by name: all take turns, so that whatever else the machine does disturbs them alike.
+
+    After the least number of rounds those that are clearly not the best have no more turns.
+    """
     blocks: dict[str, list[float]] = {one.name: [] for one in variants}
     start, rounds = time.perf_counter(), 0
     while rounds < plan.least_rounds or slowest(time.perf_counter() - start) < plan.seconds:
+        if rounds >= plan.least_rounds:
+            usual = {name: statistics.median(seconds) for name, seconds in blocks.items()}
+            limit = CLEARLY_SLOWER * min(usual.values())
+            variants = [one for one in variants if one.name == AUTO or usual[one.name] <= limit]
         # Not always after the same one: connections that were idle begin slowly.
         for one in variants[rounds % len(variants) :] + variants[: rounds % len(variants)]:
             one.seconds(1)
@@ -320,7 +335,8 @@ def _changes(plan: Plan, kind: Kind, folder: Folder) -> list[dict[str, Any]]:
             folder.tell(mbit=mbit)
             seconds, choices = _watch(auto, plan.settle_steps)
             found.append({
-                "from": before, "to": mbit, "choice_before": choice, "answered_after": last_change(choice, choices),
+                "from": before, "to": mbit, "choice_before": choice,
+                "answered_after": last_change(choice, choices[:ANSWER_STEPS]), "answer": choices[ANSWER_STEPS - 1],
                 "choice": choices[-1], "seconds": seconds, "choices": choices,
             })  # fmt: skip
     assert auto.communicator is not None

@@ -18,9 +18,9 @@ from danon_lightning.strategies.communication.cost_model.traffic import Paramete
 OFF = "off"
 # The first step is slower than all others, and DDP regroups its buckets after it.
 FIRST_LOOK = 2
-# So a choice is made there only if it makes steps shorter by this share; else after a few more, which show what steps
-# take uncompressed.
-_CLEAR_GAIN = 0.5
+# So a choice is made there only if it makes steps shorter by this share; else after so many more looks, when steps have
+# settled and show what they take uncompressed.
+_CLEAR_GAIN, _HESITATIONS = 0.5, 2
 # A bandwidth that has changed by this factor since the last look has changed; else it is noise.
 _CHANGED = 1.5
 # What is measured on fast links depends on how busy processors are: less than this contradicts nothing.
@@ -87,7 +87,8 @@ class Controller:
         self.warning = ""
         self._allowed: set[str] = set(candidates)
         self._chooser, self._experience = Chooser(settings), Experience()
-        self._has_chosen = self._hesitates = self._has_warned = False
+        self._has_chosen = self._has_warned = False
+        self._hesitations = 0
         self._looks, self._changes = 0, deque[tuple[int, float]]()  # at which look, by which factor
         self._doubt, self._seconds_since_ping, self._seconds_since_probe = 1.0, 0.0, 0.0
         self._has_link_changed = False
@@ -201,7 +202,7 @@ class Controller:
         if measured is None:
             return None
         bandwidth = forecaster.bits_per_second
-        if not first or self._hesitates:  # the first steps are slower than all others
+        if not first or self._hesitations == _HESITATIONS:  # the first steps are slower than all others
             self._experience.note(
                 self.current, bandwidth, measured.step_seconds, self._looks,
                 computing=measured.compute_seconds, codes=self.current != OFF,
@@ -214,8 +215,9 @@ class Controller:
                 known = computing + forecaster.exposed_seconds(name, self.candidates[name], measured, buckets, step)
             seconds[name] = known
         self.predictions = seconds
-        self._hesitates = first and not self._hesitates and min(seconds.values()) > (1 - _CLEAR_GAIN) * seconds[OFF]
-        if self._hesitates:
+        is_clear = min(seconds.values()) <= (1 - _CLEAR_GAIN) * seconds[OFF]
+        if first and not is_clear and self._hesitations < _HESITATIONS:
+            self._hesitations += 1
             return None
         self._has_chosen = True
         # Against a change that has been seen speaks nothing but the numbers either.

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# After a change, which take longer than later ones.
+_UNUSUAL_STEPS = 2
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -53,7 +56,7 @@ class StepMeter:
     """Keeps what the last steps have taken on this rank.
 
     A step lasts from the end of an exchange to the end of the next one; the first one, for which there is no end
-    before, does not count. What has changed makes earlier steps incomparable: :meth:`clear`.
+    before, does not count. What has changed makes earlier steps incomparable, and the next few unusual: :meth:`clear`.
 
     Args:
         device: Where gradients lie.
@@ -66,6 +69,7 @@ class StepMeter:
         self._steps: deque[tuple[float, float, tuple[float, ...]]] = deque(maxlen=kept)
         self._moments: list[Moment] = []
         self._end: Moment | None = None
+        self._unusual = 0  # so many steps to come
 
     def bucket_is_ready(self) -> None:
         """Call it whenever a bucket is handed over."""
@@ -74,7 +78,9 @@ class StepMeter:
     def end_exchange(self) -> None:
         """Call it when all buckets have been averaged."""
         end, moments, self._moments = Moment(self._device), self._moments, []
-        if self._end is not None and moments:
+        if self._unusual:
+            self._unusual -= 1
+        elif self._end is not None and moments:
             exposed = moments[-1].until(end)
             ready = tuple(moments[0].until(moment) for moment in moments)
             if self._steps and len(self._steps[-1][2]) != len(ready):
@@ -87,8 +93,9 @@ class StepMeter:
         self._end = Moment(self._device)
 
     def clear(self) -> None:
-        """Forget all steps."""
+        """Forget all steps, and do not count the next ones: what is new touches its memory for the first time."""
         self._steps.clear()
+        self._unusual = _UNUSUAL_STEPS
 
     def __len__(self) -> int:
         """How many steps are kept."""
