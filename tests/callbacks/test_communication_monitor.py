@@ -339,8 +339,12 @@ def test_two_ranks_by_any_strategy():
     assert values["performance/samples_per_second"] == pytest.approx(8 / values["performance/step_seconds"])
 
     metrics, logged, _, norms, _ = plain
-    assert {name for name, value in metrics.items() if math.isnan(value)} == {"bandwidth_utilization"}
-    assert metrics["communication_time"] > 0 and 0 < metrics["load_balance_score"] <= 1
+    # DDP times the exchange of a single step in each window: where that is longer than all passes of these few steps,
+    # nothing is known about what ranks compute.
+    unknown = {name for name, value in metrics.items() if math.isnan(value)}
+    assert {"bandwidth_utilization"} <= unknown <= {"bandwidth_utilization", "load_balance_score"}
+    assert metrics["communication_time"] > 0
+    assert "load_balance_score" in unknown or 0 < metrics["load_balance_score"] <= 1
     assert metrics["gradient_norm"] == pytest.approx(norms[11]) == pytest.approx(plain_1[3][11])
     parameters = sum(p.numel() for p in PlainModule().parameters())
     assert logged[11]["communication/dense_bytes"] == 4 * parameters
