@@ -341,8 +341,8 @@ def save_plot(results: Sequence[Result], targets: dict[float, float], title: str
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter(lambda x, position: f"{x:g}" if f"{x:e}"[0] in "25" else "")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
     figure.suptitle(title)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
     figure.savefig(path, format="png", dpi=150)
 
 
