@@ -46,6 +46,8 @@ NODES, RANKS = 2, 2
 WARMUP_STEPS = 3
 # Replicas that never synchronise show what a step computes.
 ALONE = "alone"
+# What a run may say of its periods.
+PERIODIC = [field.name for field in fields(PeriodicSync)]
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def strategy_of(name: str) -> Any:
             options[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):  # a word
             options[key] = value
-    periodic = {field.name: options.pop(field.name) for field in fields(PeriodicSync) if field.name in options}
+    periodic = {name: options.pop(name) for name in PERIODIC if name in options}
     if periodic:
         options["sync_mode"] = PeriodicSync(**periodic)
     try:
@@ -126,7 +128,7 @@ def steps_of(name: str, steps: int) -> int:
 
 def depends_on_time(name: str) -> bool:
     """Whether what a run learns, or what its steps take, cannot be told from a few of them."""
-    return any(word in name for word in ("auto", "periodic", "every_n_steps", "sign"))
+    return any(word in name for word in ("auto", "periodic", "sign", *PERIODIC))
 
 
 def train(name: str, sizes: Sizes, stop_after: int | None) -> Trained:
