@@ -84,7 +84,6 @@ class Adaptation:
         self._here = 0
         self._knows_costs = False
         self._told: tuple[Tensor, dist.Work] | None = None  # rank 0's will, on its way
-        self._wish = NOTHING
         self._seen: tuple[Measured | None, Sequence[Parameters]] = None, ()
 
     def start_exchange(self) -> None:
@@ -119,16 +118,15 @@ class Adaptation:
         self._meter.end_exchange()
         self._here += 1
         self.exchanges += finite
-        decision = None
-        if self._told is not None:
-            self._wish, decision = self._heard(*self._told)
-            self._told = None
-        if self._wish != NOTHING:
+        if self._told is None:
+            return None
+        wish, decision = self._heard(*self._told)
+        self._told = None
+        if wish != NOTHING:
             # While all ranks wait: beside training, busy processors would make the link seem slower than it is.
-            if self._wish == PROBE or self._probe.seems_faster():
+            if wish == PROBE or self._probe.seems_faster():
                 decision = self._measure_link()
             self._meter.pause()
-            self._wish = NOTHING
         if decision is not None:
             self.decisions.append(decision)
         return decision
