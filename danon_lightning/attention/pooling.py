@@ -113,7 +113,7 @@ def _written_together(pieces: Iterable[Cells], num_cells: int) -> Cells:
         if total is None:
             total = Cells(
                 *(
-                    x.new_empty(*x.shape[:dim], num_cells, *x.shape[dim:][1:])
+                    x.new_empty(*x.shape[:dim], num_cells, *x.shape[dim + 1 :])
                     for x, dim in zip(piece, CELL_DIMS, strict=True)
                 )
             )

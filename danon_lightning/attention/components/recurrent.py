@@ -138,7 +138,7 @@ class RecurrentState(nn.Module):
             What is read ``[b, H, n, d]`` in the dtype of ``v``, and the new state if one was given.
         """
         fine = torch.promote_types(x.dtype, torch.float32)
-        decay, rate = (x.to(fine).mT for x in gates or joint_linear(x, (self.decay, self.rate)))  # [b, H, n]
+        decay, rate = (gate.to(fine).mT for gate in gates or joint_linear(x, (self.decay, self.rate)))  # [b, H, n]
         log_decay, rates = F.logsigmoid(decay + self.decay_offset.to(fine).unsqueeze(-1)), rate.sigmoid()
         if key_padding_mask is not None:
             padding = ~key_padding_mask.unsqueeze(1)

@@ -89,20 +89,9 @@ class _Replace(torch.autograd.Function):
     """The same with the backward pass by hand: a third of the products and passes that autograd takes."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor,
-        beta: Tensor,
-        state: Tensor,
-        inverse: Tensor | None,
-        updates: Tensor | None,
-    ) -> tuple[Tensor, ...]:
-        known = inverse, updates
-        output, last, inverse, updates, *kept = _advance(q, k, v, log_decay, beta, state, *known)
-        ctx.save_for_backward(q, k, v, log_decay, beta, last, inverse, updates, *kept)
+    def forward(ctx: Any, *operands: Any) -> tuple[Tensor, ...]:
+        output, last, inverse, updates, *kept = _advance(*operands)
+        ctx.save_for_backward(*operands[:5], last, inverse, updates, *kept)
         ctx.mark_non_differentiable(inverse, updates)
         return output, last, inverse, updates
 

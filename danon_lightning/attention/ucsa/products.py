@@ -45,19 +45,15 @@ def attend(
     if query.device.type == "cpu" and keep is None and query.dtype != torch.float16:
         # The kernel under scaled_dot_product_attention, which also returns the log-sum-exp. Logits stay in the cache.
         mask = None if bias is None else bias.to(query.dtype).expand(*query.shape[:-1], key.shape[-2])
-        if query.dim() == 4:
-            output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                query, key, value, attn_mask=mask, scale=1.0
-            )
-            return output.to(lse.dtype), lse
+        is_flat = query.dim() == 3
+        if is_flat:
+            query, key, value = (x.unsqueeze(1) for x in (query, key, value))
+            mask = None if mask is None else mask.unsqueeze(1)
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query.unsqueeze(1),
-            key.unsqueeze(1),
-            value.unsqueeze(1),
-            attn_mask=None if mask is None else mask.unsqueeze(1),
-            scale=1.0,
+            query, key, value, attn_mask=mask, scale=1.0
         )
-        return output.squeeze(1).to(lse.dtype), lse.squeeze(1)
+        output = output.to(lse.dtype)
+        return (output.squeeze(1), lse.squeeze(1)) if is_flat else (output, lse)
     logits = biased_logits(query, key, bias)
     weights = torch.softmax(logits, dim=-1)
     # The largest weight is exp(max logit - lse), which gives the lse without a second pass of exponentials.
