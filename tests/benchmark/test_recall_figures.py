@@ -112,6 +112,15 @@ def test_models_have_equal_parameters(label, task):
     assert built(torch.zeros(1, 8, dtype=torch.int64)).shape == (1, 8, 64)
 
 
+def test_fields_can_be_set_otherwise_also_in_the_hybrid():
+    changed = {"msra": {"block_size": 32}, "super_hybrid": {"router_temperature": 2.0}}
+    assert matched("msra", "mqar", SMALL, 64, changed).config.block_size == 32
+    assert matched("sliding_window", "mqar", SMALL, 64, changed).config.block_size == 16
+    hybrid = matched("super_hybrid", "mqar", SMALL, 64, changed).config
+    assert hybrid.settings["msra"]["block_size"] == 32 and hybrid.settings["dala"]["block_size"] == 16
+    assert hybrid.router_temperature == 2.0
+
+
 def test_a_model_that_cannot_be_matched_is_refused():
     with pytest.raises(ValueError, match="cannot make up for; make the model larger"):
         matched("msra", "mqar", Sizes(4096, 1, 64, 1, 1, 1, 1.0), 64)
@@ -245,6 +254,10 @@ def test_figures_are_exported_and_drawn(tmp_path):
         (["--length", "30", "--pairs", "8"], "length=30 must be even and at least four times pairs=8"),
         (["--vocabulary", "10"], "vocabulary=10 must be even and at least 18 for pairs=8"),
         (["--heads", "3"], "hidden_size=64 must be a multiple of num_heads=3"),
+        (["--set", "msra=32"], "'msra=32' is not NAME.FIELD=VALUE, such as msra.block_size=32"),
+        (["--set", "mrsa.block_size=32"], "there is no 'mrsa' to set 'block_size' of: choose from full, sliding"),
+        (["--set", "msra.block=32"], "unexpected keyword argument 'block'"),
+        (["--set", "msra.block_size=many"], "block_size='many'"),
         (["--heads", "1", "--length", "8k", "--variants", "msra"], "msra has +"),
     ],
 )

@@ -1,8 +1,10 @@
 """The command line of ``danon-bench recall``."""
 
 import argparse
+import json
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -43,6 +45,7 @@ examples:
   danon-bench recall --length 256 --pairs 16 --steps 750         harder
   danon-bench recall --task text --json text.json --plot text.png
   danon-bench recall --variants full msra --seeds 1 --no-equal-time
+  danon-bench recall --length 256 --pairs 16 --set msra.block_size=32
   danon-bench recall --import my_package.my_variant --variants full my_variant
 
 The same seed gives the same figures on the same machine, whatever runs beside it; times are not the same. The exit code
@@ -101,6 +104,15 @@ def add_parser(subparsers: "Subparsers") -> None:
         "after the pairs, random tokens between them (default: %(default)s)",
     )
     parser.add_argument(
+        "--set",
+        type=_field,
+        nargs="+",
+        default=[],
+        metavar="NAME.FIELD=VALUE",
+        dest="changes",
+        help="fields of the configs to set otherwise than here for the task; those of a component also in the hybrid",
+    )
+    parser.add_argument(
         "--equal-time",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -140,6 +152,7 @@ def run(args: argparse.Namespace) -> int:
         "sizes": asdict(sizes),
         "mqar": None if task is None else asdict(task),
         "modules": args.modules,
+        "set": _by_label(args.changes),
     }
     title = _title(args, sizes, task)
     console.print(
@@ -188,6 +201,9 @@ def _check(args: argparse.Namespace) -> list[str]:
         error("argument --device: there is no CUDA device here")
     if args.plot and missing_reason():
         error(f"argument --plot: {missing_reason()}")
+    for label, field, _ in args.changes:
+        if label not in known:
+            error(f"argument --set: there is no {label!r} to set {field!r} of: choose from {', '.join(known)}")
     return [label for label in known if args.variants is None or label in args.variants]
 
 
@@ -210,8 +226,9 @@ def _task(args: argparse.Namespace, sizes: Sizes) -> MQAR | None:
 
 def _models(args: argparse.Namespace, labels: list[str], sizes: Sizes, vocabulary: int) -> dict[str, Matched]:
     parser: argparse.ArgumentParser = args.parser
+    changed = _by_label(args.changes)
     try:
-        return {label: matched(label, args.task, sizes, vocabulary) for label in labels}
+        return {label: matched(label, args.task, sizes, vocabulary, changed) for label in labels}
     except (TypeError, ValueError) as reason:
         parser.error(str(reason))
 
@@ -222,6 +239,25 @@ def _title(args: argparse.Namespace, sizes: Sizes, task: MQAR | None) -> str:
         f"{args.task}, {what}; {sizes.layers} x D = {sizes.hidden}, H = {sizes.heads}; batch {sizes.batch}, "
         f"learning rate {sizes.learning_rate:g}, {args.seeds} seeds"
     )
+
+
+def _field(text: str) -> tuple[str, str, Any]:
+    """Read a field of the config of a line: the line, the field, and its value (JSON, or else text)."""
+    name, equals, value = text.partition("=")
+    label, dot, field = name.partition(".")
+    if not (equals and dot and label and field):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME.FIELD=VALUE, such as msra.block_size=32")
+    try:
+        return label, field, json.loads(value)
+    except ValueError:
+        return label, field, value
+
+
+def _by_label(changes: Sequence[tuple[str, str, Any]]) -> dict[str, dict[str, Any]]:
+    changed: dict[str, dict[str, Any]] = {}
+    for label, field, value in changes:
+        changed.setdefault(label, {})[field] = value
+    return changed
 
 
 def _default(name: str) -> str:

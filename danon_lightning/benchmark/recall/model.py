@@ -1,6 +1,9 @@
 """The models that are trained, with equal numbers of parameters."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +55,13 @@ class Matched:
         return self.parameters / self.reference - 1
 
 
-def matched(label: str, task: Task, sizes: Sizes, vocabulary: int) -> Matched:
+def matched(
+    label: str,
+    task: Task,
+    sizes: Sizes,
+    vocabulary: int,
+    changed: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+) -> Matched:
     """Adjust the width of the MLP until the number of parameters is that of full attention.
 
     Args:
@@ -60,12 +69,14 @@ def matched(label: str, task: Task, sizes: Sizes, vocabulary: int) -> Matched:
         task: Which settings it gets.
         sizes: Sizes that all have in common.
         vocabulary: Number of tokens.
+        changed: Fields of configs that are set otherwise than for this task, by line of the tables.
 
     Raises:
-        ValueError: If no width of the MLP comes within :data:`TOLERANCE`.
+        TypeError: If a config has no such field.
+        ValueError: If a config refuses a field, or no width of the MLP comes within :data:`TOLERANCE`.
     """
-    reference = count_parameters(_config(FULL, task, sizes, vocabulary))
-    config = _config(label, task, sizes, vocabulary)
+    reference = count_parameters(_config(FULL, task, sizes, vocabulary, changed))
+    config = _config(label, task, sizes, vocabulary, changed)
     excess = count_parameters(config) - reference
     # Each unit of the MLP has a row, a column and a bias.
     width = config.mlp_size - round(excess / (sizes.layers * (2 * sizes.hidden + 1)))
@@ -89,12 +100,14 @@ def count_parameters(config: AttentionConfig) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _config(label: str, task: Task, sizes: Sizes, vocabulary: int) -> AttentionConfig:
+def _config(
+    label: str, task: Task, sizes: Sizes, vocabulary: int, changed: Mapping[str, Mapping[str, Any]]
+) -> AttentionConfig:
     return get_variant(trained_settings()[label].variant).config_class(
         vocab_size=vocabulary,
         hidden_size=sizes.hidden,
         num_layers=sizes.layers,
         num_heads=sizes.heads,
         max_sequence_length=sizes.length,
-        **fields_of(label, task),
+        **fields_of(label, task, changed),
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal
 
 from danon_lightning.attention import available_variants
@@ -112,9 +113,17 @@ def trained_settings() -> dict[str, Setting]:
     return known | {name: Setting(name, "registered, with its defaults") for name in others}
 
 
-def fields_of(label: str, task: Task) -> dict[str, Any]:
-    """Fields of the config of a line of the tables."""
-    setting = trained_settings()[label]
-    if setting.variant != HYBRID:
-        return dict(setting.fields[task])
-    return hybrid_fields({name: component.fields[task] for name, component in SETTINGS.items()})
+def fields_of(
+    label: str, task: Task, changed: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+) -> dict[str, Any]:
+    """Fields of the config of a line of the tables.
+
+    Args:
+        label: The line.
+        task: Which settings it gets.
+        changed: Fields that are set otherwise, by line; a hybrid has its components as they are on lines of their own.
+    """
+    fields = dict(changed.get(label, {}))
+    if trained_settings()[label].variant == HYBRID:
+        return hybrid_fields({name: fields_of(name, task, changed) for name in SETTINGS if name != HYBRID}) | fields
+    return {**trained_settings()[label].fields[task], **fields}
