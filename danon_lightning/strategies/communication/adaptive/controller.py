@@ -21,10 +21,14 @@ FIRST_LOOK = 2
 # So a choice is made there only if it makes steps shorter by this share; else after so many more looks, when steps have
 # settled and show what they take uncompressed.
 _CLEAR_GAIN, _HESITATIONS = 0.5, 2
+# What was not tried must be predicted to be faster by this share than what was: to try it costs some slow steps.
+_CAUTION = 0.02
 # A bandwidth that has changed by this factor since the last look has changed; else it is noise.
 _CHANGED = 1.5
 # What is measured on fast links depends on how busy processors are: less than this contradicts nothing.
 _CLEARLY_CHANGED = 3.0
+# And it matters if steps are longer or shorter by this share.
+_MATTERS = 0.05
 # Of changes within so many looks, this many to and fro are a contradiction. Then nothing is believed for a while.
 _RECENT_LOOKS, _TO_AND_FRO, _DISTRUST_LOOKS = 24, 4, 12
 # A probe that has found nothing new makes more of a difference pass for noise, until looks have confirmed predictions.
@@ -103,6 +107,11 @@ class Controller:
         """Whether to look after exchange number ``step``, counted from 1; the same on all ranks."""
         return step == FIRST_LOOK or step % self.settings.every_n_steps == 0
 
+    @property
+    def _is_settled(self) -> bool:
+        """Whether steps are what they will be: the first ones are slower than all others."""
+        return self._has_chosen or self._hesitations == _HESITATIONS
+
     def allow(self, names: Collection[str]) -> None:
         """From now on, choose among these only. Dense gradients are always allowed."""
         self._allowed = {OFF, *names} & set(self.candidates)
@@ -131,13 +140,16 @@ class Controller:
             :data:`NOTHING`, :data:`PING` or :data:`PROBE`.
         """
         forecaster = self.forecaster
-        if forecaster is None or measured is None or not self._has_chosen or self.distrusts:
+        if forecaster is None or measured is None or self.distrusts or not self._is_settled:
             return NOTHING
         self._looks += 1
         passed = self.settings.every_n_steps * measured.step_seconds
         self._seconds_since_ping += passed
         self._seconds_since_probe += passed
         name, compressor = self.current, self.candidates[self.current]
+        if not self._has_chosen:
+            forecaster.learn(name, compressor, measured, buckets, step)
+            return NOTHING
         predicted = forecaster.exposed_seconds(name, compressor, measured, buckets, step)
         if forecaster.confirms(measured, predicted, self._doubt):
             self._doubt = max(1.0, _LESS_DOUBT * self._doubt)
@@ -171,7 +183,8 @@ class Controller:
             self._distrust(f"a probe has found {bytes_per_second} bytes a second")
             return
         self._seconds_since_probe = 0.0
-        self._has_link_changed = self._set_scale(bytes_per_second / forecaster.links.inter.bytes_per_second)
+        scale = bytes_per_second / forecaster.links.inter.bytes_per_second
+        self._has_link_changed = self._would_matter(scale, measured, buckets, step) and self._set_scale(scale)
         self._doubt = 1.0 if self._has_link_changed else min(2 * self._doubt, _MOST_DOUBT)
         if not self.distrusts:
             forecaster.learn(self.current, self.candidates[self.current], measured, buckets, step)
@@ -202,18 +215,23 @@ class Controller:
         if measured is None:
             return None
         bandwidth = forecaster.bits_per_second
-        if not first or self._hesitations == _HESITATIONS:  # the first steps are slower than all others
+        if self._is_settled:
             self._experience.note(
                 self.current, bandwidth, measured.step_seconds, self._looks,
                 computing=measured.compute_seconds, codes=self.current != OFF,
             )  # fmt: skip
         seconds: dict[str, float] = {}
+        cautious: dict[str, float] = {}
         for name in self._allowed_candidates():
             known = self._experience.recall(name, bandwidth, self._looks)
             if known is None:
                 computing = self._experience.computing(codes=name != OFF) or measured.compute_seconds
-                known = computing + forecaster.exposed_seconds(name, self.candidates[name], measured, buckets, step)
-            seconds[name] = known
+                seconds[name] = computing + forecaster.exposed_seconds(
+                    name, self.candidates[name], measured, buckets, step
+                )
+                cautious[name] = (1 + _CAUTION) * seconds[name]
+            else:
+                seconds[name] = cautious[name] = known
         self.predictions = seconds
         is_clear = min(seconds.values()) <= (1 - _CLEAR_GAIN) * seconds[OFF]
         if first and not is_clear and self._hesitations < _HESITATIONS:
@@ -221,7 +239,7 @@ class Controller:
             return None
         self._has_chosen = True
         # Against a change that has been seen speaks nothing but the numbers either.
-        chosen = self._chooser.update(seconds, self.current, at_once=first or self._has_link_changed)
+        chosen = self._chooser.update(cautious, self.current, at_once=first or self._has_link_changed)
         self._has_link_changed = False
         if chosen == self.current and not first:
             return None
@@ -230,6 +248,17 @@ class Controller:
     def _allowed_candidates(self) -> list[str]:
         """From the least lossy one on."""
         return [name for name in self.candidates if name in self._allowed]
+
+    def _would_matter(self, scale: float, measured: Measured, buckets: Sequence[Parameters], step: int) -> bool:
+        """Whether steps, as they are or uncompressed, would be others at another bandwidth; else it may be noise."""
+        forecaster = self.forecaster
+        assert forecaster is not None
+
+        def exposed(name: str, scale: float) -> float:
+            return forecaster.exposed_seconds(name, self.candidates[name], measured, buckets, step, scale=scale)
+
+        changes = [abs(exposed(name, scale) - exposed(name, forecaster.scale)) for name in (self.current, OFF)]
+        return max(changes) > _MATTERS * measured.step_seconds
 
     def _set_scale(self, scale: float) -> bool:
         """Returns whether the link has changed."""

@@ -1,6 +1,6 @@
 """How long a step would take with each candidate, and what steps tell of the link between nodes."""
 
-import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from danon_lightning.strategies.communication.adaptive.measurement import Measured
-from danon_lightning.strategies.communication.adaptive.settings import Candidate
+from danon_lightning.strategies.communication.adaptive.settings import Candidate, label
 from danon_lightning.strategies.communication.compressors import Compressor
 from danon_lightning.strategies.communication.cost_model import CodingCosts, Levels, Links, predict_exchange
 from danon_lightning.strategies.communication.cost_model.traffic import MessageTraffic, Parameters, exchange_traffic
@@ -17,10 +17,6 @@ from danon_lightning.strategies.communication.cost_model.traffic import MessageT
 _TOLERANCE, _NOTICEABLE = 0.1, 0.03
 # Of what is learned of a candidate each look counts alike at first, and later ones at least so much.
 _LEAST_WEIGHT = 0.2
-# So many first looks at a candidate also tell how busy the processors are, if twice the time for coding would lengthen
-# what the exchange adds at least to this share.
-_LOAD_LOOKS, _SENSITIVE = 3, 1.2
-_LEAST_LOAD, _MOST_LOAD, _PRECISION = 0.5, 16.0, 1.05
 # What a change of bandwidth that matters is like.
 _MUCH_FASTER = 4.0
 # A region by whose code it is known whether a compressor sends as much as at another step.
@@ -39,9 +35,8 @@ class Forecaster:
 
     Attributes:
         scale: Bandwidth between nodes at present, as a multiple of the one probed.
-        load: How much longer coding takes during training than when it was measured, for whoever else computes.
-        corrections: By candidate, what has been found out of the model's error beyond that: a factor of at most 1, and
-            seconds to be added.
+        corrections: By candidate that was tried, what has been found out of the model's error: a factor of at most 1,
+            and seconds to be added.
     """
 
     links: Links
@@ -49,7 +44,6 @@ class Forecaster:
     hierarchical: bool | Literal["auto"]
     device: torch.device
     scale: float = 1.0
-    load: float = 1.0
     corrections: dict[str, tuple[float, float]] = field(default_factory=dict)
     _looks: dict[str, int] = field(default_factory=dict, init=False)
     _planned: dict[str, tuple[object, list[list[MessageTraffic]]]] = field(default_factory=dict, init=False)
@@ -67,10 +61,12 @@ class Forecaster:
         measured: Measured,
         buckets: Sequence[Parameters],
         step: int,
+        *,
+        scale: float | None = None,
     ) -> float:
-        """What the exchange would add to a step."""
-        factor, more = self.corrections.get(name, (1.0, 0.0))
-        return factor * self._model(name, compressor, measured, buckets, step, self.load) + more
+        """What the exchange would add to a step, at the present ``scale`` unless another one is given."""
+        factor, more = self._correction(name)
+        return factor * self._model(name, compressor, measured, buckets, step, scale or self.scale) + more
 
     def confirms(self, measured: Measured, exposed_seconds: float, doubt: float = 1.0) -> bool:
         """Whether the prediction has turned out right.
@@ -97,8 +93,7 @@ class Forecaster:
     ) -> bool:
         """Whether steps would tell if the link became much faster."""
         now = self.exposed_seconds(name, compressor, measured, buckets, step)
-        factor, more = self.corrections.get(name, (1.0, 0.0))
-        then = factor * self._model(name, compressor, measured, buckets, step, self.load, _MUCH_FASTER) + more
+        then = self.exposed_seconds(name, compressor, measured, buckets, step, scale=_MUCH_FASTER * self.scale)
         return not self.confirms(replace(measured, exposed_seconds=then), now, doubt)
 
     def learn(
@@ -107,22 +102,24 @@ class Forecaster:
         """Take what was measured at the present scale for the truth about a candidate, on the average of its looks."""
         self._looks[name] = self._looks.get(name, 0) + 1
         weight = max(1 / self._looks[name], _LEAST_WEIGHT)
-
-        def model(load: float) -> float:
-            return self._model(name, compressor, measured, buckets, step, load)
-
-        exposed, predicted = measured.exposed_seconds, model(self.load)
-        if self._looks[name] <= _LOAD_LOOKS and model(2 * self.load) > _SENSITIVE * predicted:
-            low, high = _LEAST_LOAD, _MOST_LOAD
-            while high > low * _PRECISION:
-                middle = math.sqrt(low * high)
-                low, high = (low, middle) if model(middle) > exposed else (middle, high)
-            self.load *= (low / self.load) ** (weight / 2)
-            predicted = model(self.load)
+        exposed = measured.exposed_seconds
+        predicted = self._model(name, compressor, measured, buckets, step, self.scale)
         # What too short a prediction lacks are seconds of something else; too long a one is so by a share.
         found = (exposed / predicted, 0.0) if exposed < predicted else (1.0, exposed - predicted)
         (factor, more), (new_factor, new_more) = self.corrections.get(name, found), found
         self.corrections[name] = factor + weight * (new_factor - factor), more + weight * (new_more - more)
+
+    def _correction(self, name: str) -> tuple[float, float]:
+        """The factor, and the seconds to be added.
+
+        How busy processors are no probe knows. So a compressor that was not tried is taken to lack what others do, or,
+        if none was tried, what dense gradients do. What compressors lack, dense gradients need not: it may be coding.
+        """
+        if name in self.corrections or name == label(None):
+            return self.corrections.get(name, (1.0, 0.0))
+        lacking = {other: more for other, (_, more) in self.corrections.items()}
+        of_dense = lacking.pop(label(None), 0.0)
+        return 1.0, statistics.fmean(lacking.values() or [of_dense])
 
     def _model(
         self,
@@ -131,18 +128,16 @@ class Forecaster:
         measured: Measured,
         buckets: Sequence[Parameters],
         step: int,
-        load: float,
-        times: float = 1.0,
+        scale: float,
     ) -> float:
-        inter, costs = self.links.inter, self.costs[name]
+        inter = self.links.inter
         assert inter is not None
-        bandwidth = inter.bytes_per_second * self.scale * times
         return predict_exchange(
             buckets,
-            replace(self.links, inter=replace(inter, bytes_per_second=bandwidth)),
+            replace(self.links, inter=replace(inter, bytes_per_second=scale * inter.bytes_per_second)),
             compression=compressor,
             hierarchical=self.hierarchical,
-            costs=costs.times(load),
+            costs=self.costs[name],
             ready=measured.ready,
             step=step,
             device=self.device,
