@@ -1,12 +1,12 @@
 """Is ``compression="auto"`` right? What it chooses, beside all that it could have chosen, measured on the same links.
 
-    python benchmarks/auto_compression.py --json auto.json --plot auto.png        # as root on Linux; twelve minutes
+    python benchmarks/auto_compression.py --json auto.json --plot auto.png        # as root on Linux; twenty minutes
     python benchmarks/auto_compression.py --models embeddings --mbit 1000 0       # a part of it
     python benchmarks/auto_compression.py --models convolutions --mbit 100 --no-changes --seconds 5
 
 Two emulated hosts of two ranks train three models of different character, at each rate with plain DDP, with each
-candidate of "auto", and with "auto" itself, from its first step on. Once that has settled, all take turns of a few
-steps (as many as lie between two looks of "auto", so that each turn pays for one), again and again: what else the
+candidate of "auto", and with "auto" itself, from its first step on. Once that has settled, all take turns of a second
+(a multiple of the steps that lie between two looks of "auto", so that it pays for each), again and again: what else the
 machine does meanwhile disturbs them alike. A step counts as long as it takes the slowest rank; of the turns the median
 counts.
 
@@ -68,7 +68,7 @@ class Verdict:
 
 def verdict_of(found: Mapping[str, Any]) -> Verdict:
     """Compare the medians of one model at one rate, as the ranks have measured them."""
-    seconds = {name: statistics.median(blocks) for name, blocks in found["blocks"].items()}
+    seconds = {name: statistics.median(turns) for name, turns in found["turns"].items()}
     fixed = {name: value for name, value in seconds.items() if name not in (DDP, AUTO)}
     best = min(fixed, key=fixed.__getitem__)
     return Verdict(
@@ -208,7 +208,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--models", nargs="+", choices=list(KINDS), default=list(KINDS), help="which (default: all)")
     add("--mbit", type=rate, nargs="+", help="rates of each host's link, 0 for unshaped (default: 100 1000 0)")
     add("--rounds", type=positive_int, default=3, help="turns of each exchange, at least (default: %(default)s)")
-    add("--seconds", type=positive_float, default=30, help="that turns go on for, at least (default: %(default)s)")
+    add("--seconds", type=positive_float, default=60, help="that turns go on for, at least (default: %(default)s)")
     add("--settle", type=positive_int, default=60, help='steps that "auto" has to settle (default: %(default)s)')
     add("--no-changes", action="store_true", help="leave out the changes of bandwidth")
     add("--timeout", type=positive_float, default=3600, help="seconds for all (default: %(default)s)")

@@ -28,8 +28,9 @@ WARMUP_STEPS = 5
 ANSWER_STEPS = 20
 # What takes so many times as long as the best is measured no further.
 CLEARLY_SLOWER = 1.5
-# As many as lie between two looks of "auto": each such block has one.
-BLOCK_STEPS = AutoCompression().every_n_steps
+# As many as lie between two looks of "auto": so many steps have one. A turn lasts for as many such blocks as fit into
+# so many seconds, and for one at least: caches that others have filled meanwhile are forgotten by then.
+BLOCK_STEPS, TURN_SECONDS = AutoCompression().every_n_steps, 1.0
 # Small models in as many buckets as larger ones have.
 BUCKET_MB = 2
 _POLL_SECONDS = 0.01
@@ -252,10 +253,10 @@ def _measure_model(plan: Plan, name: str, folder: Folder) -> dict[str, Any]:
             folder.tell(mbit=mbit)
         folder.tell(say=f"{name} at {mbit or 'no'} Mbit/s")
         auto, transient = _settle(plan, kind, fixed[1].setup_seconds)
-        blocks = _rounds([*fixed, auto], plan)
+        turns = _rounds([*fixed, auto], plan)
         assert auto.communicator is not None
         found.append({
-            "mbit": mbit, "blocks": blocks, "choice": auto.choice(), "predicted": auto.communicator.predictions(),
+            "mbit": mbit, "turns": turns, "choice": auto.choice(), "predicted": auto.communicator.predictions(),
             "decisions": auto.communicator.decisions(), **transient,
         })  # fmt: skip
         auto.close()
@@ -300,23 +301,24 @@ def last_change(before: str, choices: Sequence[str]) -> int:
 
 
 def _rounds(variants: list[Trained], plan: Plan) -> dict[str, list[float]]:
-    """Mean steps of blocks, by name: all take turns, so that whatever else the machine does disturbs them alike.
+    """Mean steps of turns, by name: all take turns, so that whatever else the machine does disturbs them alike.
 
     After the least number of rounds those that are clearly not the best have no more turns.
     """
-    blocks: dict[str, list[float]] = {one.name: [] for one in variants}
+    turns: dict[str, list[float]] = {one.name: [] for one in variants}
     start, rounds = time.perf_counter(), 0
     while rounds < plan.least_rounds or slowest(time.perf_counter() - start) < plan.seconds:
         if rounds >= plan.least_rounds:
-            usual = {name: statistics.median(seconds) for name, seconds in blocks.items()}
+            usual = {name: statistics.median(seconds) for name, seconds in turns.items()}
             limit = CLEARLY_SLOWER * min(usual.values())
             variants = [one for one in variants if one.name == AUTO or usual[one.name] <= limit]
         # Not always after the same one: connections that were idle begin slowly.
         for one in variants[rounds % len(variants) :] + variants[: rounds % len(variants)]:
             one.seconds(1)
-            blocks[one.name].append(one.seconds(BLOCK_STEPS))
+            steps = TURN_SECONDS / statistics.median(turns[one.name]) if turns[one.name] else 0.0
+            turns[one.name].append(one.seconds(BLOCK_STEPS * max(1, round(steps / BLOCK_STEPS))))
         rounds += 1
-    return blocks
+    return turns
 
 
 def _changes(plan: Plan, kind: Kind, folder: Folder) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ def found(mbit, **others):
     return {
         "mbit": mbit, "choice": "int8", "predicted": {"off": 0.9, "int8": 0.18}, "settled_after": 2,
         "setup_seconds": 3.0, "lost_seconds": 2.5, "first_seconds": [0.2] * 30, "decisions": [],
-        "blocks": {
+        "turns": {
             "ddp": [1.4, 9.0, 1.5], "off": [1.0, 1.1, 1.2], "int8": [0.2, 0.2, 0.3], "int4": [0.19, 0.19, 0.3],
             "powersgd": [1.0, 1.1, 1.2],
             "auto": [0.21, 0.21, 0.4],

@@ -45,7 +45,7 @@ class World:
         costs = dict.fromkeys(candidates, known)
         self.coding = coding or known
         self.controller = Controller(
-            self.settings, candidates, Forecaster(links_at(mbit), costs, "auto", DEVICE), "no reason"
+            self.settings, candidates, Forecaster(links_at(mbit), candidates, costs, "auto", DEVICE), "no reason"
         )
         self.step = 0
         self.probes = self.pings = 0
@@ -62,17 +62,17 @@ class World:
 
     def measured(self, noise=1.0):
         computing = self.compute * (self.busy if self.controller.current != "off" else 1.0)
-        return Measured(computing, noise * self.exposed(self.controller.current), (0.0, 0.05))
+        return Measured(computing, noise * self.exposed(self.controller.current), (0.0, 0.05), BUCKETS)
 
     def look(self, noise=1.0, probe=None):
         measured = self.measured(noise)
-        wanted = self.controller.wants_probe(measured, BUCKETS, self.step)
+        wanted = self.controller.wants_probe(measured, self.step)
         self.pings += wanted == PING
         believed = self.controller.forecaster.bits_per_second if self.controller.forecaster else 0.0
         if wanted == PROBE or (wanted == PING and self.mbit * 1e6 > 2 * believed):
             self.probes += 1
-            self.controller.take_probe(self.mbit * MBIT if probe is None else probe, measured, BUCKETS, self.step)
-        decision = self.controller.decide(measured, BUCKETS, self.step)
+            self.controller.take_probe(self.mbit * MBIT if probe is None else probe, measured, self.step)
+        decision = self.controller.decide(measured, self.step)
         if decision is not None:
             self.controller.current = decision.name
         return decision
@@ -233,7 +233,7 @@ def test_a_bandwidth_that_would_not_change_steps_is_noise():
     world = World(100_000, compute=5.0)
     world.run(10)
     for found, scale in ((30_000, 1.0), (200_000, 1.0), (100, 0.001)):
-        world.controller.take_probe(found * MBIT, world.measured(), BUCKETS, world.step)
+        world.controller.take_probe(found * MBIT, world.measured(), world.step)
         assert world.controller.forecaster.scale == pytest.approx(scale)
 
 
@@ -298,10 +298,10 @@ def test_a_probe_that_finds_nonsense_makes_it_safe(found):
 
 def test_without_links_gradients_stay_dense():
     controller = Controller(AutoCompression(), by_name(AutoCompression().resolve(FOR_SGD)), None, "nobody knows")
-    decision = controller.decide(None, BUCKETS, 2)
+    decision = controller.decide(None, 2)
     assert (decision.name, decision.sentence) == ("off", "Gradients travel uncompressed: nobody knows.")
-    assert controller.decide(Measured(1.0, 1.0, (0.0, 0.0)), BUCKETS, 5) is None
-    assert not controller.wants_probe(Measured(1.0, 1.0, (0.0, 0.0)), BUCKETS, 5)
+    assert controller.decide(Measured(1.0, 1.0, (0.0, 0.0), BUCKETS), 5) is None
+    assert not controller.wants_probe(Measured(1.0, 1.0, (0.0, 0.0), BUCKETS), 5)
 
 
 def test_a_choice_that_is_no_longer_allowed_is_left_at_once():
@@ -364,11 +364,11 @@ def test_messages_are_planned_once_for_each_candidate_and_kind_of_bucket(monkeyp
     warm = TopKCompressor(0.01, warmup_steps=20, warmup_density=0.05)
     world = World(100, settings=AutoCompression(candidates=["int8", warm]))
     forecaster, candidates = world.controller.forecaster, world.controller.candidates
-    measured = Measured(0.2, 0.5, (0.0, 0.05))
     others = [[one] for bucket in BUCKETS for one in bucket[::-1]][::-1]
     for step, buckets in [(0, BUCKETS), (0, BUCKETS), (10, BUCKETS), (20, BUCKETS), (25, BUCKETS), (30, others)]:
+        measured = Measured(0.2, 0.5, (0.0, 0.05), buckets)
         for name, compressor in candidates.items():
-            found = forecaster.exposed_seconds(name, compressor, measured, buckets, step)
+            found = forecaster.exposed_seconds(name, measured, step)
             assert found == predict_exchange(
                 buckets, links_at(100), compression=compressor, costs=CODING, ready=measured.ready, step=step
             ).exposed_seconds  # fmt: skip
@@ -394,9 +394,9 @@ def test_ties_go_to_the_least_lossy():
 
 
 def test_numbers_of_ranks_that_cannot_be_are_no_measurement():
-    assert from_numbers([1.0, -0.5, 0.0, 0.2, 0.1, 0.0]) == Measured(1.0, 0.5, (0.0, 0.2, 0.2))
+    assert from_numbers([1.0, -0.5, 0.0, 0.2, 0.1, 0.0], BUCKETS) == Measured(1.0, 0.5, (0.0, 0.2, 0.2), BUCKETS)
     for numbers in ([1.0, -0.5, 0.0, 1.0], [float("nan"), -0.5, 0.0, 0.0], [1.0, 0.5, 0.0, 0.0], [0.0, -0.0, 0.0, 0.0]):
-        assert from_numbers(numbers) is None
+        assert from_numbers(numbers, BUCKETS) is None
 
 
 # ---- the quality floor

@@ -74,7 +74,7 @@ class Adaptation:
         self._has_links = links is not None
         known = links.inter.bytes_per_second if links is not None and links.inter is not None else 0.0
         self._probe = LinkProbe(outer, self._group, mesh, device, known)
-        forecaster = Forecaster(links, {}, hierarchical, device) if links is not None else None
+        forecaster = Forecaster(links, candidates, {}, hierarchical, device) if links is not None else None
         self.controller = Controller(settings, candidates, forecaster, reason)
         if settings.candidates is None:
             self.controller.allow(by_name(settings.resolve(FOR_ANY_OPTIMIZER)))
@@ -84,7 +84,7 @@ class Adaptation:
         self._here = 0
         self._knows_costs = False
         self._told: tuple[Tensor, dist.Work] | None = None  # rank 0's will, on its way
-        self._seen: tuple[Measured | None, Sequence[Parameters]] = None, ()
+        self._seen: Measured | None = None
 
     def start_exchange(self) -> None:
         """Before the first bucket of an exchange is handed over. Collective at the first time: it measures coding."""
@@ -145,28 +145,28 @@ class Adaptation:
             return
         numbers = self._meter.to_numbers(len(buckets)).to(self._device)
         dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self._group)
-        self._seen = measured, _ = from_numbers(numbers.tolist()), buckets
+        self._seen = measured = from_numbers(numbers.tolist(), buckets)
         wish, decision = NOTHING, None
         if self._mesh.rank == 0:
-            wish = self._think(lambda: self.controller.wants_probe(measured, buckets, self.exchanges)) or NOTHING
+            wish = self._think(lambda: self.controller.wants_probe(measured, self.exchanges)) or NOTHING
             if wish != PROBE:
-                decision = self._decide(measured, buckets)
+                decision = self._decide(measured)
         self._told = self._tell(wish if decision is None else NOTHING, decision)
 
     def _measure_link(self) -> Decision | None:
         """Stop all ranks to do it, and decide by it."""
         start = time.perf_counter()
         found = self._probe.measure()
-        (measured, buckets), decision = self._seen, None
+        measured, decision = self._seen, None
         if self._mesh.rank == 0:
             assert measured is not None
             self.controller.probe_seconds = time.perf_counter() - start
-            self._think(lambda: self.controller.take_probe(found, measured, buckets, self.exchanges))
-            decision = self._decide(measured, buckets)
+            self._think(lambda: self.controller.take_probe(found, measured, self.exchanges))
+            decision = self._decide(measured)
         return self._heard(*self._tell(NOTHING, decision))[1]
 
-    def _decide(self, measured: Measured | None, buckets: Sequence[Parameters]) -> Decision | None:
-        decision: Decision | None = self._think(lambda: self.controller.decide(measured, buckets, self.exchanges))
+    def _decide(self, measured: Measured | None) -> Decision | None:
+        decision: Decision | None = self._think(lambda: self.controller.decide(measured, self.exchanges))
         if self.controller.warning:
             warnings.warn(self.controller.warning, stacklevel=2)
             self.controller.warning = ""

@@ -13,7 +13,6 @@ from danon_lightning.strategies.communication.adaptive.forecast import Forecaste
 from danon_lightning.strategies.communication.adaptive.link_probe import PING_SECONDS
 from danon_lightning.strategies.communication.adaptive.measurement import Measured
 from danon_lightning.strategies.communication.adaptive.settings import AutoCompression, Candidate, label
-from danon_lightning.strategies.communication.cost_model.traffic import Parameters
 
 OFF = "off"
 # The first step is slower than all others, and DDP regroups its buckets after it.
@@ -125,7 +124,7 @@ class Controller:
         self.forecaster, self._reason, self._has_chosen = None, reason, False
         self.predictions = {}
 
-    def wants_probe(self, measured: Measured | None, buckets: Sequence[Parameters], step: int) -> int:
+    def wants_probe(self, measured: Measured | None, step: int) -> int:
         """Compare what was measured with what was predicted; returns what must be known of the link to tell why.
 
         It may have changed; or the model is wrong about the present choice, or something else keeps processors busy.
@@ -133,7 +132,6 @@ class Controller:
 
         Args:
             measured: Agreed over ranks; None if there is nothing new.
-            buckets: In the order in which they are exchanged.
             step: Number of exchanges so far.
 
         Returns:
@@ -146,11 +144,11 @@ class Controller:
         passed = self.settings.every_n_steps * measured.step_seconds
         self._seconds_since_ping += passed
         self._seconds_since_probe += passed
-        name, compressor = self.current, self.candidates[self.current]
+        name = self.current
         if not self._has_chosen:
-            forecaster.learn(name, compressor, measured, buckets, step)
+            forecaster.learn(name, measured, step)
             return NOTHING
-        predicted = forecaster.exposed_seconds(name, compressor, measured, buckets, step)
+        predicted = forecaster.exposed_seconds(name, measured, step)
         if forecaster.confirms(measured, predicted, self._doubt):
             self._doubt = max(1.0, _LESS_DOUBT * self._doubt)
         elif (
@@ -158,23 +156,20 @@ class Controller:
             or not forecaster.confirms(measured, predicted, max(self._doubt, _LARGE))
         ):  # fmt: skip
             return PROBE
-        forecaster.learn(name, compressor, measured, buckets, step)
+        forecaster.learn(name, measured, step)
         if self.current == OFF or self._seconds_since_ping < PING_SECONDS / _PINGING_SHARE:
             return NOTHING
-        if forecaster.shows_a_faster_link(name, compressor, measured, buckets, step, 2 * self._doubt):
+        if forecaster.shows_a_faster_link(name, measured, step, 2 * self._doubt):
             return NOTHING
         self._seconds_since_ping = 0.0
         return PING
 
-    def take_probe(
-        self, bytes_per_second: float | None, measured: Measured, buckets: Sequence[Parameters], step: int
-    ) -> None:
+    def take_probe(self, bytes_per_second: float | None, measured: Measured, step: int) -> None:
         """Go by a probe of the link; what is left of the difference is the model's error about the present choice.
 
         Args:
             bytes_per_second: Between nodes; None if the probe has failed, which makes this choose dense gradients.
             measured: As for :meth:`wants_probe`.
-            buckets: The same.
             step: The same.
         """
         forecaster = self.forecaster
@@ -184,17 +179,16 @@ class Controller:
             return
         self._seconds_since_probe = 0.0
         scale = bytes_per_second / forecaster.links.inter.bytes_per_second
-        self._has_link_changed = self._would_matter(scale, measured, buckets, step) and self._set_scale(scale)
+        self._has_link_changed = self._would_matter(scale, measured, step) and self._set_scale(scale)
         self._doubt = 1.0 if self._has_link_changed else min(2 * self._doubt, _MOST_DOUBT)
         if not self.distrusts:
-            forecaster.learn(self.current, self.candidates[self.current], measured, buckets, step)
+            forecaster.learn(self.current, measured, step)
 
-    def decide(self, measured: Measured | None, buckets: Sequence[Parameters], step: int) -> Decision | None:
+    def decide(self, measured: Measured | None, step: int) -> Decision | None:
         """What to do from now on; None to go on as before.
 
         Args:
             measured: As for :meth:`wants_probe`, which comes first.
-            buckets: The same.
             step: The same.
         """
         first, forecaster = not self._has_chosen, self.forecaster
@@ -226,9 +220,7 @@ class Controller:
             known = self._experience.recall(name, bandwidth, self._looks)
             if known is None:
                 computing = self._experience.computing(codes=name != OFF) or measured.compute_seconds
-                seconds[name] = computing + forecaster.exposed_seconds(
-                    name, self.candidates[name], measured, buckets, step
-                )
+                seconds[name] = computing + forecaster.exposed_seconds(name, measured, step)
                 cautious[name] = (1 + _CAUTION) * seconds[name]
             else:
                 seconds[name] = cautious[name] = known
@@ -249,13 +241,13 @@ class Controller:
         """From the least lossy one on."""
         return [name for name in self.candidates if name in self._allowed]
 
-    def _would_matter(self, scale: float, measured: Measured, buckets: Sequence[Parameters], step: int) -> bool:
+    def _would_matter(self, scale: float, measured: Measured, step: int) -> bool:
         """Whether steps, as they are or uncompressed, would be others at another bandwidth; else it may be noise."""
         forecaster = self.forecaster
         assert forecaster is not None
 
         def exposed(name: str, scale: float) -> float:
-            return forecaster.exposed_seconds(name, self.candidates[name], measured, buckets, step, scale=scale)
+            return forecaster.exposed_seconds(name, measured, step, scale=scale)
 
         changes = [abs(exposed(name, scale) - exposed(name, forecaster.scale)) for name in (self.current, OFF)]
         return max(changes) > _MATTERS * measured.step_seconds

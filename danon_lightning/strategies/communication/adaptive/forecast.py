@@ -29,7 +29,8 @@ class Forecaster:
 
     Args:
         links: As they were probed.
-        costs: Of coding with each candidate.
+        candidates: What may be chosen, by name.
+        costs: Of coding with each of them.
         hierarchical: As for the communicator.
         device: Where gradients lie.
 
@@ -40,6 +41,7 @@ class Forecaster:
     """
 
     links: Links
+    candidates: Mapping[str, Candidate]
     costs: Mapping[str, CodingCosts]
     hierarchical: bool | Literal["auto"]
     device: torch.device
@@ -54,19 +56,17 @@ class Forecaster:
         assert self.links.inter is not None
         return 8 * self.scale * self.links.inter.bytes_per_second
 
-    def exposed_seconds(
-        self,
-        name: str,
-        compressor: Candidate,
-        measured: Measured,
-        buckets: Sequence[Parameters],
-        step: int,
-        *,
-        scale: float | None = None,
-    ) -> float:
-        """What the exchange would add to a step, at the present ``scale`` unless another one is given."""
+    def exposed_seconds(self, name: str, measured: Measured, step: int, *, scale: float | None = None) -> float:
+        """What the exchange would add to a step with a candidate, at the present ``scale`` unless one is given.
+
+        Args:
+            name: Of the candidate.
+            measured: When buckets are ready, and what is in them.
+            step: Number of exchanges so far.
+            scale: Bandwidth, as a multiple of the one probed.
+        """
         factor, more = self._correction(name)
-        return factor * self._model(name, compressor, measured, buckets, step, scale or self.scale) + more
+        return factor * self._model(name, measured, step, scale or self.scale) + more
 
     def confirms(self, measured: Measured, exposed_seconds: float, doubt: float = 1.0) -> bool:
         """Whether the prediction has turned out right.
@@ -82,28 +82,18 @@ class Forecaster:
             return False
         return abs(difference) <= doubt * _TOLERANCE * step
 
-    def shows_a_faster_link(
-        self,
-        name: str,
-        compressor: Candidate,
-        measured: Measured,
-        buckets: Sequence[Parameters],
-        step: int,
-        doubt: float = 1.0,
-    ) -> bool:
-        """Whether steps would tell if the link became much faster."""
-        now = self.exposed_seconds(name, compressor, measured, buckets, step)
-        then = self.exposed_seconds(name, compressor, measured, buckets, step, scale=_MUCH_FASTER * self.scale)
+    def shows_a_faster_link(self, name: str, measured: Measured, step: int, doubt: float = 1.0) -> bool:
+        """Whether steps with this candidate would tell if the link became much faster."""
+        now = self.exposed_seconds(name, measured, step)
+        then = self.exposed_seconds(name, measured, step, scale=_MUCH_FASTER * self.scale)
         return not self.confirms(replace(measured, exposed_seconds=then), now, doubt)
 
-    def learn(
-        self, name: str, compressor: Candidate, measured: Measured, buckets: Sequence[Parameters], step: int
-    ) -> None:
+    def learn(self, name: str, measured: Measured, step: int) -> None:
         """Take what was measured at the present scale for the truth about a candidate, on the average of its looks."""
         self._looks[name] = self._looks.get(name, 0) + 1
         weight = max(1 / self._looks[name], _LEAST_WEIGHT)
         exposed = measured.exposed_seconds
-        predicted = self._model(name, compressor, measured, buckets, step, self.scale)
+        predicted = self._model(name, measured, step, self.scale)
         # What too short a prediction lacks are seconds of something else; too long a one is so by a share.
         found = (exposed / predicted, 0.0) if exposed < predicted else (1.0, exposed - predicted)
         (factor, more), (new_factor, new_more) = self.corrections.get(name, found), found
@@ -121,34 +111,24 @@ class Forecaster:
         of_dense = lacking.pop(label(None), 0.0)
         return 1.0, statistics.fmean(lacking.values() or [of_dense])
 
-    def _model(
-        self,
-        name: str,
-        compressor: Candidate,
-        measured: Measured,
-        buckets: Sequence[Parameters],
-        step: int,
-        scale: float,
-    ) -> float:
+    def _model(self, name: str, measured: Measured, step: int, scale: float) -> float:
         inter = self.links.inter
         assert inter is not None
         return predict_exchange(
-            buckets,
+            measured.buckets,
             replace(self.links, inter=replace(inter, bytes_per_second=scale * inter.bytes_per_second)),
-            compression=compressor,
+            compression=self.candidates[name],
             hierarchical=self.hierarchical,
             costs=self.costs[name],
             ready=measured.ready,
             step=step,
             device=self.device,
-            traffic=self._traffic(name, compressor, buckets, step),
+            traffic=self._traffic(name, measured.buckets, step),
         ).exposed_seconds
 
-    def _traffic(
-        self, name: str, compressor: Candidate, buckets: Sequence[Parameters], step: int
-    ) -> list[list[MessageTraffic]]:
+    def _traffic(self, name: str, buckets: Sequence[Parameters], step: int) -> list[list[MessageTraffic]]:
         """What the exchange moves. As long as buckets and sizes of codes are the same, it is planned once."""
-        links = self.links
+        links, compressor = self.links, self.candidates[name]
         levels = Levels.of(
             links.nodes, links.ranks_per_node, hierarchical=self.hierarchical, compressed=compressor is not None
         )

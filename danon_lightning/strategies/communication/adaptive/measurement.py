@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from danon_lightning.strategies.communication.cost_model.traffic import Parameters
+
 # After a change, which take longer than later ones.
 _UNUSUAL_STEPS = 2
 
@@ -22,11 +24,13 @@ class Measured:
         exposed_seconds: What the exchange has added, from the last bucket's being ready to the last mean: that of the
             rank which waited least, for the others have waited for ranks too, not only for bytes.
         ready: Seconds from the first bucket's being ready to each one's.
+        buckets: What is in each, in the order in which they are exchanged.
     """
 
     compute_seconds: float
     exposed_seconds: float
     ready: tuple[float, ...]
+    buckets: Sequence[Parameters]
 
     @property
     def step_seconds(self) -> float:
@@ -114,13 +118,13 @@ class StepMeter:
         return torch.tensor(numbers, dtype=torch.float64)
 
 
-def from_numbers(agreed: Sequence[float]) -> Measured | None:
-    """What :meth:`StepMeter.to_numbers` says, after the maximum over ranks; None if it cannot be used."""
+def from_numbers(agreed: Sequence[float], buckets: Sequence[Parameters]) -> Measured | None:
+    """What :meth:`StepMeter.to_numbers` says of these buckets, after the maximum over ranks; None if it is useless."""
     compute, minus_exposed, *ready, missing = agreed
     if missing or not all(map(_is_time, (compute, -minus_exposed, *ready))) or compute - minus_exposed <= 0:
         return None
     rising = [max(ready[: index + 1]) for index in range(len(ready))]
-    return Measured(compute, -minus_exposed, tuple(rising))
+    return Measured(compute, -minus_exposed, tuple(rising), buckets)
 
 
 def _is_time(value: float) -> bool:
