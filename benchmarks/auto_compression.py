@@ -1,14 +1,14 @@
 """Is ``compression="auto"`` right? What it chooses, beside all that it could have chosen, measured on the same links.
 
-    python benchmarks/auto_compression.py --json auto.json --plot auto.png        # as root on Linux; twenty minutes
+    python benchmarks/auto_compression.py --json auto.json --plot auto.png        # as root on Linux; half an hour
     python benchmarks/auto_compression.py --models embeddings --mbit 1000 0       # a part of it
     python benchmarks/auto_compression.py --models convolutions --mbit 100 --no-changes --seconds 5
 
 Two emulated hosts of two ranks train three models of different character, at each rate with plain DDP, with each
-candidate of "auto", and with "auto" itself, from its first step on. Once that has settled, all take turns of a second
-(a multiple of the steps that lie between two looks of "auto", so that it pays for each), again and again: what else the
-machine does meanwhile disturbs them alike. A step counts as long as it takes the slowest rank; of the turns the median
-counts.
+candidate of "auto", and with "auto" itself, from its first step on. Once that has settled, all take turns of half
+a second (a multiple of the steps that lie between two looks of "auto", so that it pays for each), again and again:
+whatever else the machine does disturbs them alike. A step counts as long as it takes the slowest rank; of the ratios
+to the turn of "auto" in the same round the median counts. What is clearly slower than the best has three turns only.
 
 Then, for each model, "auto" trains on while the rate of the links changes, from the slowest to each other one and back.
 
@@ -51,9 +51,9 @@ class Verdict:
     """What is to be said of "auto" with one model at one rate.
 
     Attributes:
-        seconds: Median step by name.
+        seconds: Step by name.
         best: The candidate that was measured as the fastest.
-        to_best: Median step of "auto" as a multiple of that one's.
+        to_best: Step of "auto" as a multiple of that one's.
         to_ddp: The same of plain DDP's.
         choice_to_best: The same of the candidate that "auto" had chosen, if named from the start: what is more in
             ``to_best`` is what "auto" costs.
@@ -67,8 +67,16 @@ class Verdict:
 
 
 def verdict_of(found: Mapping[str, Any]) -> Verdict:
-    """Compare the medians of one model at one rate, as the ranks have measured them."""
-    seconds = {name: statistics.median(turns) for name, turns in found["turns"].items()}
+    """Compare what the ranks have measured of one model at one rate.
+
+    Each turn is held against that of "auto" in the same round, as a machine is faster at one time than at another; of
+    these ratios the median counts.
+    """
+    of_auto = found["turns"][AUTO]
+    seconds = {
+        name: statistics.median(of_auto) * statistics.median(a / b for a, b in zip(turns, of_auto, strict=False))
+        for name, turns in found["turns"].items()
+    }
     fixed = {name: value for name, value in seconds.items() if name not in (DDP, AUTO)}
     best = min(fixed, key=fixed.__getitem__)
     return Verdict(
@@ -208,7 +216,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--models", nargs="+", choices=list(KINDS), default=list(KINDS), help="which (default: all)")
     add("--mbit", type=rate, nargs="+", help="rates of each host's link, 0 for unshaped (default: 100 1000 0)")
     add("--rounds", type=positive_int, default=3, help="turns of each exchange, at least (default: %(default)s)")
-    add("--seconds", type=positive_float, default=60, help="that turns go on for, at least (default: %(default)s)")
+    add("--seconds", type=positive_float, default=90, help="that turns go on for, at least (default: %(default)s)")
     add("--settle", type=positive_int, default=60, help='steps that "auto" has to settle (default: %(default)s)')
     add("--no-changes", action="store_true", help="leave out the changes of bandwidth")
     add("--timeout", type=positive_float, default=3600, help="seconds for all (default: %(default)s)")

@@ -27,10 +27,10 @@ WARMUP_STEPS = 5
 # In which a change of bandwidth is to be answered.
 ANSWER_STEPS = 20
 # What takes so many times as long as the best is measured no further.
-CLEARLY_SLOWER = 1.5
+CLEARLY_SLOWER = 1.25
 # As many as lie between two looks of "auto": so many steps have one. A turn lasts for as many such blocks as fit into
 # so many seconds, and for one at least: caches that others have filled meanwhile are forgotten by then.
-BLOCK_STEPS, TURN_SECONDS = AutoCompression().every_n_steps, 1.0
+BLOCK_STEPS, TURN_SECONDS = AutoCompression().every_n_steps, 0.5
 # Small models in as many buckets as larger ones have.
 BUCKET_MB = 2
 _POLL_SECONDS = 0.01

@@ -152,6 +152,8 @@ class EmulatedHosts:
     def _create(self) -> None:
         _run("ip", "netns", "add", self._switch)
         _run("ip", "-n", self._switch, "link", "add", _SWITCH_INTERFACE, "type", "bridge")
+        # No IPv6 addresses, here and below, hence none of its chatter in the byte counters.
+        _run("ip", "-n", self._switch, "link", "set", _SWITCH_INTERFACE, "addrgenmode", "none")
         _run("ip", "-n", self._switch, "link", "set", _SWITCH_INTERFACE, "up")
         for index, namespace in enumerate(self._namespaces):
             port = f"port{index}"
@@ -160,7 +162,6 @@ class EmulatedHosts:
                 *("ip", "-n", namespace, "link", "add", self.interface, "type", "veth"),
                 *("peer", "name", port, "netns", self._switch),
             )
-            # No IPv6 address, hence none of its chatter in the byte counters.
             _run("ip", "-n", namespace, "link", "set", self.interface, "addrgenmode", "none")
             _run("ip", "-n", self._switch, "link", "set", port, "addrgenmode", "none")
             _run("ip", "-n", self._switch, "link", "set", port, "master", _SWITCH_INTERFACE, "up")

@@ -27,10 +27,10 @@ BATCH = 8
 class Scheduled(PlainModule):
     """Many layers, two groups of parameters, and schedules inside a schedule."""
 
-    def __init__(self):
+    def __init__(self, depth=8):
         super().__init__()
         torch.manual_seed(0)
-        hidden = [layer for _ in range(8) for layer in (nn.Linear(32, 32), nn.GELU())]
+        hidden = [layer for _ in range(depth) for layer in (nn.Linear(32, 32), nn.GELU())]
         self.layers = nn.Sequential(nn.Linear(20, 32), *hidden, nn.Linear(32, 1))
         self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
 
@@ -68,7 +68,7 @@ def assert_same(one, other):
 
 def fit(sharding, folder, devices=2, rank=0, **options):
     resumed = options.pop("ckpt_path", None)
-    module = Scheduled()
+    module = Scheduled(options.pop("depth", 8))
     strategy = DanonHybridStrategy(optimizer_sharding=sharding) if devices > 1 else "auto"
     trainer = trainer_with(
         strategy,
@@ -124,6 +124,18 @@ def test_weights_are_the_same_to_the_bit_and_so_are_checkpoints(tmp_path):
     _, module = fit(False, tmp_path, devices=1, max_epochs=4, ckpt_path=tmp_path / "sharded.ckpt")
     for name, value in weights(module).items():
         torch.testing.assert_close(value, results[0][1][name], rtol=1e-4, atol=1e-5)
+
+
+def shard_over_all(folder):
+    runs = [fit(sharding, Path(folder), devices=4, depth=32, max_epochs=1) for sharding in (False, True)]
+    assert_same(*(weights(module) for _, module in runs))
+    return [state_bytes(trainer.optimizers[0]) for trainer, _ in runs]
+
+
+def test_four_ranks_keep_a_quarter_each(tmp_path):
+    whole, parts = zip(*run_distributed(shard_over_all, 4, str(tmp_path), timeout=200), strict=True)
+    assert len(set(whole)) == 1 and sum(parts) == whole[0]
+    assert max(parts) <= 1.1 / 4 * whole[0]
 
 
 class Adam(Tied):

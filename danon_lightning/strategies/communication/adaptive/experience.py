@@ -70,8 +70,11 @@ class Experience:
         return record.seconds if record is not None and look - record.last <= _KEPT_LOOKS else None
 
     def computing(self, *, codes: bool) -> float | None:
-        """All of a step but what the exchange adds, while gradients are coded or are not; None if that was not seen."""
-        return self._computing.get(codes)
+        """All of a step but what the exchange adds, while gradients are coded or are not; None if nothing was seen.
+
+        As long as one of the two was not seen, it is taken to be like the other.
+        """
+        return self._computing.get(codes, self._computing.get(not codes))
 
     def _find(self, name: str, bandwidth: float) -> _Record | None:
         alike = [one for one in self._records.get(name, []) if 1 / _ALIKE < bandwidth / one.bandwidth < _ALIKE]
