@@ -197,6 +197,19 @@ def test_a_link_that_becomes_faster_is_noticed_though_steps_do_not_show_it():
     assert world.controller.current == "off"
 
 
+def test_looking_for_a_faster_link_takes_a_share_of_the_time_however_long_a_look_takes():
+    def pings(seconds):
+        world = World(50, default=("int4",), coding=CODING_FOR_LONG, known=CODING_FOR_LONG)
+        world.run(40)
+        world.pings, world.controller.ping_seconds = 0, seconds
+        world.run(400)
+        return world.pings, 0.015 * 400 * (world.now()) / seconds
+
+    for seconds in (0.1, 0.4):
+        found, allowed = pings(seconds)
+        assert 0.7 * allowed <= found <= allowed
+
+
 def test_where_steps_show_what_the_link_does_nothing_is_sent_to_look():
     world = World(100, default=FOR_ANY_OPTIMIZER)
     world.run(500)
@@ -228,6 +241,26 @@ def test_what_dense_gradients_take_longer_others_that_were_not_tried_do_too():
     # Processors are busy: whatever is exchanged waits for one, so that there is nothing to be gained.
     world = World(10_000, compute=0.02, default=("int4",), slower={"off": 0.012, "int4": 0.012})
     assert [decision.name for decision in world.run(200)] == ["off"]
+
+
+def test_what_was_lacking_on_one_link_only_is_forgotten_with_it():
+    world = World(10_000)
+    forecaster, measured = world.controller.forecaster, world.measured()
+
+    def predicted(name):
+        return forecaster.exposed_seconds(name, measured, 0)
+
+    plain = {name: predicted(name) for name in ("off", "int8", "int4")}
+    forecaster.learn("off", replace(measured, exposed_seconds=plain["off"] + 0.01), 0)
+    forecaster.learn("int8", replace(measured, exposed_seconds=plain["int8"] + 0.02), 0)
+    assert predicted("int4") == pytest.approx(plain["int4"] + 0.02)
+    forecaster.change_link(0.01)
+    slow = predicted("off")
+    forecaster.learn("off", replace(measured, exposed_seconds=slow + 0.5), 0)
+    assert predicted("off") == pytest.approx(slow + 0.5)
+    forecaster.change_link(1.0)
+    for name, lacking in (("off", 0.01), ("int8", 0.02), ("int4", 0.02)):
+        assert predicted(name) == pytest.approx(plain[name] + lacking)
 
 
 def test_a_bandwidth_that_would_not_change_steps_is_noise():

@@ -47,7 +47,7 @@ def follow(communicator, names):
     """Have rank 0 decide for these names, one at each look, and for nothing once they are through."""
     left = list(names)
 
-    def decide(measured, buckets, step):
+    def decide(measured, step):
         return Decision(step, left.pop(0), "because") if left else None
 
     communicator._auto.controller.decide = decide
@@ -373,7 +373,7 @@ def train(folder):
         module = PlainModule(optimizer="sgd")
         forced = {3: "powersgd", 9: "int8", 12: "powersgd"}
 
-        def decide(measured, buckets, step, forced=forced):
+        def decide(measured, step, forced=forced):
             return Decision(step, forced[step], "Because it is so.") if step in forced else None
 
         class Force(pl.Callback):

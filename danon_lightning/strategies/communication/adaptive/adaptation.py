@@ -124,7 +124,7 @@ class Adaptation:
         self._told = None
         if wish != NOTHING:
             # While all ranks wait: beside training, busy processors would make the link seem slower than it is.
-            if wish == PROBE or self._probe.seems_faster():
+            if wish == PROBE or self._ping():
                 decision = self._measure_link()
             self._meter.pause()
         if decision is not None:
@@ -152,6 +152,13 @@ class Adaptation:
             if wish != PROBE:
                 decision = self._decide(measured)
         self._told = self._tell(wish if decision is None else NOTHING, decision)
+
+    def _ping(self) -> bool:
+        """Stop all ranks to see whether the link may have become much faster."""
+        start = time.perf_counter()
+        faster = self._probe.seems_faster()
+        self.controller.ping_seconds = time.perf_counter() - start
+        return faster
 
     def _measure_link(self) -> Decision | None:
         """Stop all ranks to do it, and decide by it."""

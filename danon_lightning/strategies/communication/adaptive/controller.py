@@ -70,6 +70,7 @@ class Controller:
     Attributes:
         current: Name of the present choice. To be set once a decision is carried out.
         probe_seconds: What the last probe has taken; 0 before the first one.
+        ping_seconds: What the last look at whether the link has become faster has taken, or should take.
         predictions: Seconds of a step with each candidate, as of the last look: of those that were tried what they have
             taken. Empty where nothing is known.
         warning: What is to be warned of once, if anything.
@@ -86,7 +87,7 @@ class Controller:
         self.settings, self.candidates, self.forecaster, self._reason = settings, dict(candidates), forecaster, reason
         self.current = OFF
         self.predictions: dict[str, float] = {}
-        self.probe_seconds = 0.0
+        self.probe_seconds, self.ping_seconds = 0.0, PING_SECONDS
         self.warning = ""
         self._allowed: set[str] = set(candidates)
         self._chooser, self._experience = Chooser(settings), Experience()
@@ -157,7 +158,7 @@ class Controller:
         ):  # fmt: skip
             return PROBE
         forecaster.learn(name, measured, step)
-        if self.current == OFF or self._seconds_since_ping < PING_SECONDS / _PINGING_SHARE:
+        if self.current == OFF or self._seconds_since_ping < self.ping_seconds / _PINGING_SHARE:
             return NOTHING
         if forecaster.shows_a_faster_link(name, measured, step, 2 * self._doubt):
             return NOTHING
@@ -255,10 +256,11 @@ class Controller:
     def _set_scale(self, scale: float) -> bool:
         """Returns whether the link has changed."""
         assert self.forecaster is not None
-        before, self.forecaster.scale = self.forecaster.scale, scale
-        change = scale / before
+        change = scale / self.forecaster.scale
         if max(change, 1 / change) < _CHANGED:
+            self.forecaster.scale = scale
             return False
+        self.forecaster.change_link(scale)
         self._chooser.forget_mistakes()
         if max(change, 1 / change) < _CLEARLY_CHANGED:
             return True

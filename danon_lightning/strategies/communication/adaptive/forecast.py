@@ -36,8 +36,8 @@ class Forecaster:
 
     Attributes:
         scale: Bandwidth between nodes at present, as a multiple of the one probed.
-        corrections: By candidate that was tried, what has been found out of the model's error: a factor of at most 1,
-            and seconds to be added.
+        corrections: By candidate that was tried on the present link, what has been found out of the model's error: a
+            factor of at most 1, and seconds to be added.
     """
 
     links: Links
@@ -48,6 +48,7 @@ class Forecaster:
     scale: float = 1.0
     corrections: dict[str, tuple[float, float]] = field(default_factory=dict)
     _looks: dict[str, int] = field(default_factory=dict, init=False)
+    _lacking: dict[str, float] = field(default_factory=dict, init=False)  # on other links, the least of them
     _planned: dict[str, tuple[object, list[list[MessageTraffic]]]] = field(default_factory=dict, init=False)
 
     @property
@@ -55,6 +56,18 @@ class Forecaster:
         """Between nodes, at present."""
         assert self.links.inter is not None
         return 8 * self.scale * self.links.inter.bytes_per_second
+
+    def change_link(self, scale: float) -> None:
+        """Go by another bandwidth.
+
+        Of what the model lacked on the last link only seconds remain that it lacked on all: what it was wrong about the
+        bandwidth itself need not be so any more.
+        """
+        for name, (_, more) in self.corrections.items():
+            self._lacking[name] = min(more, self._lacking.get(name, more))
+        self.corrections.clear()
+        self._looks.clear()
+        self.scale = scale
 
     def exposed_seconds(self, name: str, measured: Measured, step: int, *, scale: float | None = None) -> float:
         """What the exchange would add to a step with a candidate, at the present ``scale`` unless one is given.
@@ -105,9 +118,11 @@ class Forecaster:
         How busy processors are no probe knows. So a compressor that was not tried is taken to lack what others do, or,
         if none was tried, what dense gradients do. What compressors lack, dense gradients need not: it may be coding.
         """
-        if name in self.corrections or name == label(None):
-            return self.corrections.get(name, (1.0, 0.0))
-        lacking = {other: more for other, (_, more) in self.corrections.items()}
+        if name in self.corrections:
+            return self.corrections[name]
+        lacking = self._lacking | {other: more for other, (_, more) in self.corrections.items()}
+        if name in lacking or name == label(None):
+            return 1.0, lacking.get(name, 0.0)
         of_dense = lacking.pop(label(None), 0.0)
         return 1.0, statistics.fmean(lacking.values() or [of_dense])
 
