@@ -11,13 +11,12 @@ _SUFFIXES = {"k": 1024, "M": 1024**2}
 
 def positive_int(text: str) -> int:
     """Read a whole number, at least 1."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return value
+    return _at_least(1, text)
+
+
+def natural(text: str) -> int:
+    """Read a whole number, at least 0."""
+    return _at_least(0, text)
 
 
 def positive_float(text: str) -> float:
@@ -90,6 +89,16 @@ def add_output_files(parser: argparse.ArgumentParser, drawn: str) -> None:
         metavar="FILE",
         help=f"draw {drawn} into this PNG file; needs matplotlib (pip install 'danon-lightning[bench]')",
     )
+
+
+def _at_least(least: int, text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+    return value
 
 
 def _float(text: str) -> float:

@@ -254,6 +254,7 @@ def test_figures_are_exported_and_drawn(tmp_path):
         (["--length", "30", "--pairs", "8"], "length=30 must be even and at least four times pairs=8"),
         (["--vocabulary", "10"], "vocabulary=10 must be even and at least 18 for pairs=8"),
         (["--heads", "3"], "hidden_size=64 must be a multiple of num_heads=3"),
+        (["--first-seed", "-1"], "'-1' is not a whole number of at least 0"),
         (["--set", "msra=32"], "'msra=32' is not NAME.FIELD=VALUE, such as msra.block_size=32"),
         (["--set", "mrsa.block_size=32"], "there is no 'mrsa' to set 'block_size' of: choose from full, sliding"),
         (["--set", "msra.block=32"], "unexpected keyword argument 'block'"),

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 
-from danon_lightning.benchmark.arguments import add_output_files, importable, length, positive_float, positive_int
+from danon_lightning.benchmark.arguments import (
+    add_output_files,
+    importable,
+    length,
+    natural,
+    positive_float,
+    positive_int,
+)
 from danon_lightning.benchmark.environment import describe_machine
 from danon_lightning.benchmark.json_file import write_json
 from danon_lightning.benchmark.plotting import missing_reason
@@ -81,7 +88,10 @@ def add_parser(subparsers: "Subparsers") -> None:
         help="modules to import first, which register variants of your own",
     )
     parser.add_argument(
-        "--seeds", type=positive_int, default=5, metavar="N", help="trainings of each, seeds from 0 on (default: 5)"
+        "--seeds", type=positive_int, default=5, metavar="N", help="trainings of each, with a seed each (default: 5)"
+    )
+    parser.add_argument(
+        "--first-seed", type=natural, default=0, metavar="N", help="others follow from here (default: 0)"
     )
     parser.add_argument("--length", type=length, metavar="N", help=f"tokens of a sequence ({_default('length')})")
     parser.add_argument("--steps", type=positive_int, metavar="N", help=f"({_default('steps')})")
@@ -142,11 +152,12 @@ def run(args: argparse.Namespace) -> int:
     console = Console(highlight=False)
     environment = describe_machine(args.device)
     jobs = args.jobs or (1 if args.device == "cuda" else environment["cores"])
-    setting = Setting(task, sizes, range(args.seeds), jobs, args.device)
+    setting = Setting(task, sizes, range(args.first_seed, args.first_seed + args.seeds), jobs, args.device)
     arguments = {
         "task": args.task,
         "variants": labels,
         "seeds": args.seeds,
+        "first_seed": args.first_seed,
         "jobs": jobs,
         "equal_time": args.equal_time,
         "sizes": asdict(sizes),

@@ -209,22 +209,12 @@ class Controller:
             )
         if measured is None:
             return None
-        bandwidth = forecaster.bits_per_second
         if self._is_settled:
             self._experience.note(
-                self.current, bandwidth, measured.step_seconds, self._looks,
+                self.current, forecaster.bits_per_second, measured.step_seconds, self._looks,
                 computing=measured.compute_seconds, codes=self.current != OFF,
             )  # fmt: skip
-        seconds: dict[str, float] = {}
-        cautious: dict[str, float] = {}
-        for name in self._allowed_candidates():
-            known = self._experience.recall(name, bandwidth, self._looks)
-            if known is None:
-                computing = self._experience.computing(codes=name != OFF) or measured.compute_seconds
-                seconds[name] = computing + forecaster.exposed_seconds(name, measured, step)
-                cautious[name] = (1 + _CAUTION) * seconds[name]
-            else:
-                seconds[name] = cautious[name] = known
+        seconds, cautious = self._step_seconds(measured, step)
         self.predictions = seconds
         is_clear = min(seconds.values()) <= (1 - _CLEAR_GAIN) * seconds[OFF]
         if first and not is_clear and self._hesitations < _HESITATIONS:
@@ -237,6 +227,21 @@ class Controller:
         if chosen == self.current and not first:
             return None
         return Decision(step, chosen, self._why(chosen, seconds, forecaster.bits_per_second))
+
+    def _step_seconds(self, measured: Measured, step: int) -> tuple[dict[str, float], dict[str, float]]:
+        """Seconds of a step with each candidate, as it should be; and as it counts, more where it was not tried."""
+        forecaster = self.forecaster
+        assert forecaster is not None
+        seconds, cautious = {}, {}
+        for name in self._allowed_candidates():
+            known = self._experience.recall(name, forecaster.bits_per_second, self._looks)
+            if known is None:
+                computing = self._experience.computing(codes=name != OFF) or measured.compute_seconds
+                seconds[name] = computing + forecaster.exposed_seconds(name, measured, step)
+                cautious[name] = (1 + _CAUTION) * seconds[name]
+            else:
+                seconds[name] = cautious[name] = known
+        return seconds, cautious
 
     def _allowed_candidates(self) -> list[str]:
         """From the least lossy one on."""
