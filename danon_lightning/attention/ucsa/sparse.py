@@ -28,9 +28,10 @@ from danon_lightning.attention.ucsa.sources import Sources
 
 __all__ = ["Attended", "sparse_attention"]
 
-# Queries of a piece, that choose at once, and scores of theirs: few enough to stay in the cache of a processor core.
+# Queries of a piece, that choose at once, and scores of theirs: few enough to stay in the cache of a processor core. In
+# a tree there is more to do for a piece than to score, so that larger ones pay.
 QUERIES_AT_ONCE = 4096
-SCORES_AT_ONCE = 1 << 20
+SCORES_AT_ONCE, SCORES_AT_ONCE_IN_TREES = 1 << 20, 1 << 21
 QUERIES_AT_ONCE_ON_ACCELERATORS = 1 << 17
 # Queries of a stretch, that read blocks at once: more of them share a block, fewer need less memory.
 READERS_AT_ONCE = 1 << 14
@@ -79,7 +80,8 @@ class _Job:
         on_cpu = query.device.type == "cpu"
         queries = QUERIES_AT_ONCE_ON_ACCELERATORS
         if on_cpu:
-            queries = min(QUERIES_AT_ONCE, SCORES_AT_ONCE // max(1, self.sources.levels[-1].keys.shape[1]))
+            scores = SCORES_AT_ONCE_IN_TREES if len(self.sources.levels) > 1 else SCORES_AT_ONCE
+            queries = min(QUERIES_AT_ONCE, scores // max(1, self.sources.levels[-1].keys.shape[1]))
         readers = READERS_AT_ONCE if on_cpu else READERS_AT_ONCE_ON_ACCELERATORS
         seed = self.seed
         for rows, tokens in _cut(self.layout, query.shape, self.start, readers, sinks_apart=False):
