@@ -54,15 +54,6 @@ def format_length(tokens: int) -> str:
     return str(tokens)
 
 
-def importable(text: str) -> str:
-    """Read the name of a module, and import it: it may register variants."""
-    try:
-        importlib.import_module(text)
-    except ImportError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be imported: {error}") from None
-    return text
-
-
 def output_file(text: str) -> Path:
     """Read the path of a file to write, whose folder must exist: better said before a measurement than after it."""
     path = Path(text)
@@ -73,6 +64,23 @@ def output_file(text: str) -> Path:
     if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
         raise argparse.ArgumentTypeError(f"{text!r} cannot be written: choose another place, or change its permissions")
     return path
+
+
+def add_modules(parser: argparse.ArgumentParser) -> None:
+    """Add ``--import``, which imports modules as they are read.
+
+    Args:
+        parser: Of a subcommand.
+    """
+    parser.add_argument(
+        "--import",
+        type=_importable,
+        nargs="+",
+        default=[],
+        metavar="MODULE",
+        dest="modules",
+        help="modules to import first, which register variants of your own",
+    )
 
 
 def add_output_files(parser: argparse.ArgumentParser, drawn: str) -> None:
@@ -89,6 +97,15 @@ def add_output_files(parser: argparse.ArgumentParser, drawn: str) -> None:
         metavar="FILE",
         help=f"draw {drawn} into this PNG file; needs matplotlib (pip install 'danon-lightning[bench]')",
     )
+
+
+def _importable(text: str) -> str:
+    """Read the name of a module, and import it: it may register variants."""
+    try:
+        importlib.import_module(text)
+    except ImportError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be imported: {error}") from None
+    return text
 
 
 def _at_least(least: int, text: str) -> int:

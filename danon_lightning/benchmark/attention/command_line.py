@@ -9,9 +9,9 @@ import torch
 from rich.console import Console
 
 from danon_lightning.benchmark.arguments import (
+    add_modules,
     add_output_files,
     format_length,
-    importable,
     length,
     positive_float,
     positive_int,
@@ -87,15 +87,7 @@ def add_parser(subparsers: "Subparsers") -> None:
         metavar="NAME",
         help='what to measure, of the list below (default: all); ratios need "sdpa"',
     )
-    parser.add_argument(
-        "--import",
-        type=importable,
-        nargs="+",
-        default=[],
-        metavar="MODULE",
-        dest="modules",
-        help="modules to import first, which register variants of your own",
-    )
+    add_modules(parser)
     parser.add_argument(
         "--direction",
         choices=list(DIRECTION_NAMES),

@@ -10,8 +10,8 @@ import torch
 from rich.console import Console
 
 from danon_lightning.benchmark.arguments import (
+    add_modules,
     add_output_files,
-    importable,
     length,
     natural,
     positive_float,
@@ -78,15 +78,7 @@ def add_parser(subparsers: "Subparsers") -> None:
         metavar="NAME",
         help='what to train, of the list below (default: all); equal time needs "full"',
     )
-    parser.add_argument(
-        "--import",
-        type=importable,
-        nargs="+",
-        default=[],
-        metavar="MODULE",
-        dest="modules",
-        help="modules to import first, which register variants of your own",
-    )
+    add_modules(parser)
     parser.add_argument(
         "--seeds", type=positive_int, default=5, metavar="N", help="trainings of each, with a seed each (default: 5)"
     )
@@ -148,7 +140,8 @@ def run(args: argparse.Namespace) -> int:
     labels = _check(args)
     sizes = _sizes(args)
     task = _task(args, sizes)
-    models = _models(args, labels, sizes, BYTES if task is None else task.vocabulary)
+    changed = _by_label(args.changes)
+    models = _models(args, labels, sizes, BYTES if task is None else task.vocabulary, changed)
     console = Console(highlight=False)
     environment = describe_machine(args.device)
     jobs = args.jobs or (1 if args.device == "cuda" else environment["cores"])
@@ -163,7 +156,7 @@ def run(args: argparse.Namespace) -> int:
         "sizes": asdict(sizes),
         "mqar": None if task is None else asdict(task),
         "modules": args.modules,
-        "set": _by_label(args.changes),
+        "set": changed,
     }
     title = _title(args, sizes, task)
     console.print(
@@ -235,9 +228,14 @@ def _task(args: argparse.Namespace, sizes: Sizes) -> MQAR | None:
     return None
 
 
-def _models(args: argparse.Namespace, labels: list[str], sizes: Sizes, vocabulary: int) -> dict[str, Matched]:
+def _models(
+    args: argparse.Namespace,
+    labels: list[str],
+    sizes: Sizes,
+    vocabulary: int,
+    changed: dict[str, dict[str, Any]],
+) -> dict[str, Matched]:
     parser: argparse.ArgumentParser = args.parser
-    changed = _by_label(args.changes)
     try:
         return {label: matched(label, args.task, sizes, vocabulary, changed) for label in labels}
     except (TypeError, ValueError) as reason:

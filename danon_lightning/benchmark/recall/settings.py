@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, Literal
 
 from danon_lightning.attention import available_variants
@@ -113,9 +112,7 @@ def trained_settings() -> dict[str, Setting]:
     return known | {name: Setting(name, "registered, with its defaults") for name in others}
 
 
-def fields_of(
-    label: str, task: Task, changed: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
-) -> dict[str, Any]:
+def fields_of(label: str, task: Task, changed: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Fields of the config of a line of the tables.
 
     Args:
@@ -123,7 +120,8 @@ def fields_of(
         task: Which settings it gets.
         changed: Fields that are set otherwise, by line; a hybrid has its components as they are on lines of their own.
     """
-    fields = dict(changed.get(label, {}))
-    if trained_settings()[label].variant == HYBRID:
-        return hybrid_fields({name: fields_of(name, task, changed) for name in SETTINGS if name != HYBRID}) | fields
-    return {**trained_settings()[label].fields[task], **fields}
+    setting = trained_settings()[label]
+    fields = setting.fields[task]
+    if setting.variant == HYBRID:
+        fields = hybrid_fields({name: fields_of(name, task, changed) for name in SETTINGS if name != HYBRID})
+    return {**fields, **changed.get(label, {})}

@@ -12,9 +12,8 @@ from danon_lightning.strategies.communication.adaptive.experience import Experie
 from danon_lightning.strategies.communication.adaptive.forecast import Forecaster
 from danon_lightning.strategies.communication.adaptive.link_probe import PING_SECONDS
 from danon_lightning.strategies.communication.adaptive.measurement import Measured
-from danon_lightning.strategies.communication.adaptive.settings import AutoCompression, Candidate, label
+from danon_lightning.strategies.communication.adaptive.settings import OFF, AutoCompression, Candidate, label
 
-OFF = "off"
 # The first step is slower than all others, and DDP regroups its buckets after it.
 FIRST_LOOK = 2
 # So a choice is made there only if it makes steps shorter by this share; else after so many more looks, when steps have
@@ -255,7 +254,7 @@ class Controller:
         def exposed(name: str, scale: float) -> float:
             return forecaster.exposed_seconds(name, measured, step, scale=scale)
 
-        changes = [abs(exposed(name, scale) - exposed(name, forecaster.scale)) for name in (self.current, OFF)]
+        changes = [abs(exposed(name, scale) - exposed(name, forecaster.scale)) for name in {self.current, OFF}]
         return max(changes) > _MATTERS * measured.step_seconds
 
     def _set_scale(self, scale: float) -> bool:

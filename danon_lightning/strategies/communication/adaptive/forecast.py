@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from danon_lightning.strategies.communication.adaptive.measurement import Measured
-from danon_lightning.strategies.communication.adaptive.settings import Candidate, label
+from danon_lightning.strategies.communication.adaptive.settings import OFF, Candidate
 from danon_lightning.strategies.communication.compressors import Compressor
 from danon_lightning.strategies.communication.cost_model import CodingCosts, Levels, Links, predict_exchange
 from danon_lightning.strategies.communication.cost_model.traffic import MessageTraffic, Parameters, exchange_traffic
@@ -121,9 +121,9 @@ class Forecaster:
         if name in self.corrections:
             return self.corrections[name]
         lacking = self._lacking | {other: more for other, (_, more) in self.corrections.items()}
-        if name in lacking or name == label(None):
+        if name in lacking or name == OFF:
             return 1.0, lacking.get(name, 0.0)
-        of_dense = lacking.pop(label(None), 0.0)
+        of_dense = lacking.pop(OFF, 0.0)
         return 1.0, statistics.fmean(lacking.values() or [of_dense])
 
     def _model(self, name: str, measured: Measured, step: int, scale: float) -> float:

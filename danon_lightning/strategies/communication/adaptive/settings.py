@@ -8,6 +8,8 @@ from danon_lightning.strategies.communication.compressors import Compressor, Lin
 
 Candidate = Compressor | LinearCompressor | None
 
+# What dense gradients are called among the choices.
+OFF = "off"
 # From the least lossy one on. These are tolerated by any optimizer.
 FOR_ANY_OPTIMIZER: tuple[str | None, ...] = (None, "bf16", "int8", "int4")
 # With error feedback, these are tolerated by SGD.
@@ -72,7 +74,7 @@ class AutoCompression:
 def label(compressor: Candidate) -> str:
     """What a choice is called: "off", or the compressor's name, with the settings that are not the usual ones."""
     if compressor is None:
-        return "off"
+        return OFF
     try:
         usual = vars(get_compressor(compressor.name))
     except ValueError:  # one of the user's own
