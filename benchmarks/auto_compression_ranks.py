@@ -26,8 +26,9 @@ DDP, AUTO = "ddp", "auto"
 WARMUP_STEPS = 5
 # In which a change of bandwidth is to be answered.
 ANSWER_STEPS = 20
-# What takes so many times as long as the best is measured no further.
-CLEARLY_SLOWER = 1.25
+# What takes so many times as long as the best after so many rounds is measured no further; the first of them are those
+# of the plan.
+CLEARLY_SLOWER = {0: 1.25, 12: 1.12}
 # As many as lie between two looks of "auto": so many steps have one. A turn lasts for as many such blocks as fit into
 # so many seconds, and for one at least: caches that others have filled meanwhile are forgotten by then.
 BLOCK_STEPS, TURN_SECONDS = AutoCompression().every_n_steps, 0.5
@@ -310,7 +311,7 @@ def _rounds(variants: list[Trained], plan: Plan) -> dict[str, list[float]]:
     while rounds < plan.least_rounds or slowest(time.perf_counter() - start) < plan.seconds:
         if rounds >= plan.least_rounds:
             usual = {name: statistics.median(seconds) for name, seconds in turns.items()}
-            limit = CLEARLY_SLOWER * min(usual.values())
+            limit = min(usual.values()) * min(limit for least, limit in CLEARLY_SLOWER.items() if rounds >= least)
             variants = [one for one in variants if one.name == AUTO or usual[one.name] <= limit]
         # Not always after the same one: connections that were idle begin slowly.
         for one in variants[rounds % len(variants) :] + variants[: rounds % len(variants)]:

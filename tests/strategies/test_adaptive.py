@@ -49,6 +49,7 @@ class World:
         )
         self.step = 0
         self.probes = self.pings = 0
+        self.rests = self.probes_now = False
 
     def exposed(self, name, mbit=None):
         seconds = predict_exchange(
@@ -69,7 +70,8 @@ class World:
         wanted = self.controller.wants_probe(measured, self.step)
         self.pings += wanted == PING
         believed = self.controller.forecaster.bits_per_second if self.controller.forecaster else 0.0
-        if wanted == PROBE or (wanted == PING and self.mbit * 1e6 > 2 * believed):
+        self.probes_now = wanted == PROBE or (wanted == PING and self.mbit * 1e6 > 2 * believed)
+        if self.probes_now:
             self.probes += 1
             self.controller.take_probe(self.mbit * MBIT if probe is None else probe, measured, self.step)
         decision = self.controller.decide(measured, self.step)
@@ -82,9 +84,14 @@ class World:
         found = []
         for _ in range(steps):
             self.step += 1
-            if self.controller.is_due(self.step):
-                decision = self.look(noise() if noise else 1.0)
-                found += [decision] if decision else []
+            if not self.controller.is_due(self.step):
+                continue
+            if self.rests:
+                self.rests = False
+                continue
+            decision = self.look(noise() if noise else 1.0)
+            self.rests = decision is None and self.controller.is_calm and not self.probes_now
+            found += [decision] if decision else []
         return found
 
     def fastest(self):
@@ -271,6 +278,27 @@ def test_a_bandwidth_that_would_not_change_steps_is_noise():
         assert world.controller.forecaster.scale == pytest.approx(scale)
 
 
+def looks_in(world, steps):
+    """At which steps it looks."""
+    found = []
+    usual = world.look
+    world.look = lambda noise: found.append(world.step) or usual(noise)
+    world.run(steps)
+    world.look = usual
+    return found
+
+
+def test_while_all_is_as_expected_every_second_look_is_left_out():
+    world = World(100, default=FOR_ANY_OPTIMIZER)
+    world.run(40)
+    looks = looks_in(world, 40)
+    assert {after - before for before, after in itertools.pairwise(looks)} == {10}
+    world.slower = {world.controller.current: 0.15}  # another choice is better now, which a second look must confirm
+    looks, decided = looks_in(world, 40), world.controller.current
+    assert 5 in {after - before for before, after in itertools.pairwise(looks)}
+    assert decided != "int4"
+
+
 def test_a_probe_that_finds_nothing_makes_it_less_ready_to_probe():
     world = World(100, default=FOR_ANY_OPTIMIZER)
     world.run(10)
@@ -279,7 +307,7 @@ def test_a_probe_that_finds_nothing_makes_it_less_ready_to_probe():
     assert 1 <= world.probes < 30
     world.mbit = 2  # and is still answered
     probes = world.probes
-    world.run(5)
+    world.run(10)
     assert world.probes == probes + 1 and world.controller.forecaster.bits_per_second == pytest.approx(2e6)
 
 

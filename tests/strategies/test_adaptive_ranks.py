@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from danon_lightning.callbacks import CommunicationMonitor
 from danon_lightning.strategies import AutoCompression, DanonHybridStrategy, TopKCompressor
 from danon_lightning.strategies.communication.adaptive import adaptation
-from danon_lightning.strategies.communication.adaptive.controller import PING, Decision
+from danon_lightning.strategies.communication.adaptive.controller import NOTHING, PING, PROBE, Decision
 from danon_lightning.strategies.communication.cost_model import Link, Links, probe
 from danon_lightning.testing import run_distributed
 
@@ -236,6 +236,26 @@ def check_ping(folder):
             assert communicator.decisions() == [(9, "int8", "it is faster")]
 
 
+def check_rest(folder):
+    """Every second look is left out, by all ranks or none, unless the link was measured."""
+    adaptation.probe_links = known_links
+    with emulated_mesh(2, 1, folder) as mesh:
+        if mesh is None:
+            return
+        with exchange(mesh, AutoCompression(every_n_steps=2)) as (ddp, communicator):
+            auto, looks = communicator._auto, []
+            usual = auto._meter.to_numbers
+            auto._meter.to_numbers = lambda *args: looks.append(auto.exchanges) or usual(*args)
+            auto.controller.wants_probe = lambda *args: PROBE if auto.exchanges == 10 else NOTHING
+            auto.controller.take_probe = lambda *args: None
+            auto.controller.decide = lambda *args: None
+            auto._probe.measure = lambda: 5e8
+            auto.controller._has_chosen = True
+            for step in range(21):
+                give(ddp, given_gradients(step, mesh.rank))
+            assert looks == [2, 6, 10, 12, 16, 20]
+
+
 def check_failed_probe(folder):
     """Gradients stay dense, and nobody waits for anybody."""
 
@@ -287,6 +307,7 @@ def several(folder):
     check_not_finite(folder)
     found = check_bandwidth(folder)
     check_ping(folder)
+    check_rest(folder)
     check_failed_probe(folder)
     return found
 

@@ -31,8 +31,9 @@ from danon_lightning.strategies.communication.layout import group_of_all
 from danon_lightning.strategies.communication.levels import GroupLevel
 from danon_lightning.strategies.mesh import Mesh
 
-# What rank 0 wishes to know of the link, the number of what it has decided, and why.
-_WILL = struct.Struct("<hh512s")
+# What rank 0 wishes to know of the link, the number of what it has decided, whether the next look that is due is left
+# out, and why.
+_WILL = struct.Struct("<hh?512s")
 _KEPT_DECISIONS = 100
 
 
@@ -85,6 +86,7 @@ class Adaptation:
         self._knows_costs = False
         self._told: tuple[Tensor, dist.Work] | None = None  # rank 0's will, on its way
         self._seen: Measured | None = None
+        self._rests = False  # until a look is due
 
     def start_exchange(self) -> None:
         """Before the first bucket of an exchange is handed over. Collective at the first time: it measures coding."""
@@ -120,12 +122,12 @@ class Adaptation:
         self.exchanges += finite
         if self._told is None:
             return None
-        wish, decision = self._heard(*self._told)
+        wish, decision, self._rests = self._heard(*self._told)
         self._told = None
         if wish != NOTHING:
             # While all ranks wait: beside training, busy processors would make the link seem slower than it is.
             if wish == PROBE or self._ping():
-                decision = self._measure_link()
+                decision, self._rests = self._measure_link(), False
             self._meter.pause()
         if decision is not None:
             self.decisions.append(decision)
@@ -143,6 +145,9 @@ class Adaptation:
             return
         if not self._has_links and self._here > FIRST_LOOK:
             return
+        if self._rests:
+            self._rests = False
+            return
         numbers = self._meter.to_numbers(len(buckets)).to(self._device)
         dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self._group)
         self._seen = measured = from_numbers(numbers.tolist(), buckets)
@@ -151,7 +156,10 @@ class Adaptation:
             wish = self._think(lambda: self.controller.wants_probe(measured, self.exchanges)) or NOTHING
             if wish != PROBE:
                 decision = self._decide(measured)
-        self._told = self._tell(wish if decision is None else NOTHING, decision)
+        wish = wish if decision is None else NOTHING
+        # While all is as expected, every second look will do: each takes time of processors that compute.
+        rests = decision is None and wish != PROBE and measured is not None and self.controller.is_calm
+        self._told = self._tell(wish, decision, rests=rests)
 
     def _ping(self) -> bool:
         """Stop all ranks to see whether the link may have become much faster."""
@@ -170,7 +178,8 @@ class Adaptation:
             self.controller.probe_seconds = time.perf_counter() - start
             self._think(lambda: self.controller.take_probe(found, measured, self.exchanges))
             decision = self._decide(measured)
-        return self._heard(*self._tell(NOTHING, decision))[1]
+        _, decision, _ = self._heard(*self._tell(NOTHING, decision))
+        return decision
 
     def _decide(self, measured: Measured | None) -> Decision | None:
         decision: Decision | None = self._think(lambda: self.controller.decide(measured, self.exchanges))
@@ -192,22 +201,22 @@ class Adaptation:
             self.controller.give_up("steps cannot be predicted")
             return None
 
-    def _tell(self, wish: int, decision: Decision | None) -> "tuple[Tensor, dist.Work]":
+    def _tell(self, wish: int, decision: Decision | None, *, rests: bool = False) -> "tuple[Tensor, dist.Work]":
         """Begin to tell all ranks rank 0's will."""
         index = -1 if decision is None else list(self.controller.candidates).index(decision.name)
         sentence = b"" if decision is None else decision.sentence.encode()
-        will = torch.frombuffer(bytearray(_WILL.pack(wish, index, sentence)), dtype=torch.uint8).to(self._device)
+        will = torch.frombuffer(bytearray(_WILL.pack(wish, index, rests, sentence)), dtype=torch.uint8).to(self._device)
         return will, dist.broadcast(will, 0, group=self._group, async_op=True)
 
-    def _heard(self, will: Tensor, work: "dist.Work") -> tuple[int, Decision | None]:
+    def _heard(self, will: Tensor, work: "dist.Work") -> tuple[int, Decision | None, bool]:
         """Rank 0's will, on all ranks."""
         work.wait()
-        wish, index, sentence = _WILL.unpack(bytes(will.tolist()))
+        wish, index, rests, sentence = _WILL.unpack(bytes(will.tolist()))
         if index < 0:
-            return wish, None
+            return wish, None, rests
         name = list(self.controller.candidates)[index]
         self.controller.current = name
-        return wish, Decision(self.exchanges, name, sentence.rstrip(b"\0").decode(errors="replace"))
+        return wish, Decision(self.exchanges, name, sentence.rstrip(b"\0").decode(errors="replace")), rests
 
     def close(self) -> None:
         """Give up its process group. Every rank does it, with nothing under way."""

@@ -57,6 +57,11 @@ class Chooser:
         self._agreeing, self._looks_since_change = 0.0, 0
         return target
 
+    @property
+    def is_hesitating(self) -> bool:
+        """Whether the last looks speak for another choice, but not yet clearly enough."""
+        return self._agreeing > 0
+
     def best(self, seconds: Mapping[str, float]) -> str:
         """The least lossy of those that are, by ``tie``, as fast as the fastest."""
         limit = min(seconds.values()) * (1 + self.settings.tie)

@@ -93,6 +93,7 @@ class Controller:
         self._has_chosen = self._has_warned = False
         self._hesitations = 0
         self._looks, self._changes = 0, deque[tuple[int, float]]()  # at which look, by which factor
+        self._last_look: int | None = None
         self._doubt, self._seconds_since_ping, self._seconds_since_probe = 1.0, 0.0, 0.0
         self._has_link_changed = False
         self._distrusted_looks = 0
@@ -110,6 +111,11 @@ class Controller:
     def _is_settled(self) -> bool:
         """Whether steps are what they will be: the first ones are slower than all others."""
         return self._has_chosen or self._hesitations == _HESITATIONS
+
+    @property
+    def is_calm(self) -> bool:
+        """Whether nothing that looks have found waits for others to confirm it."""
+        return self._has_chosen and not self.distrusts and not self._chooser.is_hesitating
 
     def allow(self, names: Collection[str]) -> None:
         """From now on, choose among these only. Dense gradients are always allowed."""
@@ -141,7 +147,8 @@ class Controller:
         if forecaster is None or measured is None or self.distrusts or not self._is_settled:
             return NOTHING
         self._looks += 1
-        passed = self.settings.every_n_steps * measured.step_seconds
+        passed = 0.0 if self._last_look is None else (step - self._last_look) * measured.step_seconds
+        self._last_look = step
         self._seconds_since_ping += passed
         self._seconds_since_probe += passed
         name = self.current

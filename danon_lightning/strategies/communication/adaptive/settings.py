@@ -25,8 +25,9 @@ class AutoCompression:
             which is always among them. By default what the optimizer is known to tolerate: "bf16", "int8" and "int4",
             and with ``torch.optim.SGD`` "powersgd", "topk" and "sign" too. Of those given, what the optimizer does not
             tolerate is left out, with a warning.
-        every_n_steps: Exchanges between two looks at what has been measured. A choice is changed after as many looks as
-            ``confirmations``, with the next exchange, so with 5 and 2 a change of bandwidth is answered within 16.
+        every_n_steps: Exchanges between two looks at what has been measured; twice as many while all is as expected. A
+            choice is changed after as many looks as ``confirmations``, with the next exchange, so with 5 and 2 what has
+            changed is answered within 16.
         gain: By which share a step must become shorter for a choice to be changed after ``confirmations`` looks. If it
             would become shorter by less, that must be found at more looks in a row: by half of it, at twice as many.
         confirmations: Number of looks in a row.
