@@ -150,10 +150,11 @@ def table_of(model: Mapping[str, Any], found: Mapping[str, Any], verdict: Verdic
             "-" if predicted is None else f"{predicted:.4f}",
             "-" if predicted is None else f"{predicted / seconds - 1:+.0%}",
         )
+    steps = len(found["first_seconds"])
     table.caption = (
         f"auto ÷ best fixed ({verdict.best}) = {verdict.to_best[AUTO]:.3f}, auto ÷ ddp = {verdict.to_ddp:.3f}; what it "
-        f"has chosen ÷ best = {verdict.to_best[verdict.choice]:.3f}. Settled after {found['settled_after']} steps; to set up took "
-        f"{found['setup_seconds']:.1f} s longer than dense, and the first {len(found['first_seconds'])} steps "
+        f"has chosen ÷ best = {verdict.to_best[verdict.choice]:.3f}. Settled after {found['settled_after']} steps; to "
+        f"set up took {found['setup_seconds']:.1f} s longer than dense, and the first {steps} steps "
         f"{found['lost_seconds']:.1f} s longer than as many later ones."
     )
     table.caption_justify = "left"
