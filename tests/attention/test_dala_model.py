@@ -1,5 +1,6 @@
 """What the settings of DALA do, and what its methods and output fields say."""
 
+import math
 import sys
 from pathlib import Path
 
@@ -52,6 +53,19 @@ def test_settings_act_where_they_should(settings, first):
         shared["use_adaptive_router"] = False
     model = scramble(build("dala", **shared).double())
     assert first_difference(model, build("dala", **shared, **settings).double()) == first
+
+
+def test_at_first_the_memory_counts_by_its_logit():
+    """Its share of the softmax against that of the window is e^memory_logit times what it would be."""
+    torch.manual_seed(0)
+    x, (q, k, v) = torch.randn(1, 60, 16).double(), torch.randn(3, 1, 4, 60, 4).double()
+    odds = []
+    for logit in (-2.0, 0.0):
+        core = build("dala", use_recursive_state=False, memory_logit=logit).double().layers[0].core
+        share = core.attention_statistics(x, q, k, v)["route/memory"]
+        assert torch.count_nonzero(share[..., :8]) == 0 and share[..., 8:].min() > 0
+        odds.append(share / (1 - share))
+    torch.testing.assert_close(odds[0], odds[1] * math.exp(-2.0))
 
 
 def test_decay_rates_are_spread_over_the_heads():
@@ -127,7 +141,9 @@ def test_outputs():
     assert [tuple(x.shape) for x in output.importance_scores] == [(2, 60)] * 2
     core, x = model.layers[0].core, model.layers[0].attention_norm(model.token_embedding(IDS))
     torch.testing.assert_close(output.importance_scores[0], core.importance(x).exp())
-    expected = core.router.projection(x).unflatten(-1, (2, 4)).permute(0, 2, 3, 1)
+    expected = core.router(x)
+    plain = core.router.projection(x).unflatten(-1, (2, 4)).permute(0, 2, 3, 1)
+    torch.testing.assert_close(expected - plain, torch.tensor([-4.0, 0.0]).double()[:, None, None].expand_as(plain))
     torch.testing.assert_close(output.router_logits[0], expected)
     torch.testing.assert_close(model.get_importance_scores(IDS), torch.stack(output.importance_scores))
     mask = torch.ones_like(IDS)
@@ -159,7 +175,7 @@ def test_update_router_moves_heads_towards_the_route_that_agrees():
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     added = model.update_router(IDS, labels)
     assert added.shape == (1, 2, 4) and added.abs().max() <= 1
-    torch.testing.assert_close(core.router.bias, added[0])
+    torch.testing.assert_close(core.router.bias, added[0] + torch.tensor([-4.0, 0.0]).double()[:, None])
     assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
     ignored = labels.clone()
     ignored[:, 5:] = -100
@@ -169,7 +185,8 @@ def test_update_router_moves_heads_towards_the_route_that_agrees():
     third = scramble(build("dala", num_layers=1).double())
     mask = torch.ones_like(IDS)
     mask[:, 5:] = 0
-    torch.testing.assert_close(third.update_router(IDS, labels, mask), other.layers[0].core.router.bias.unsqueeze(0))
+    third.update_router(IDS, labels, mask)
+    torch.testing.assert_close(third.layers[0].core.router.bias, other.layers[0].core.router.bias)
 
 
 def test_agreement_is_the_mean_cosine():
@@ -213,6 +230,7 @@ def test_routes_add_up_to_the_output():
         ({"recency": -1.0}, "recency=-1.0 must not be negative"),
         ({"state_decay_rate": 1.0}, "state_decay_rate=1.0 must lie between 0 and 1"),
         ({"router_temperature": 0.0}, "router_temperature=0.0 must be positive"),
+        ({"memory_logit": math.inf}, "memory_logit=inf must be finite"),
         ({"causal": False}, "causal=False is not possible with dala"),
         ({"state_update_frequency": 5}, "state_update_frequency=5 exceeds block_size=4"),
     ],
@@ -220,6 +238,13 @@ def test_routes_add_up_to_the_output():
 def test_settings_out_of_range(settings, message):
     with pytest.raises(ValueError, match=message):
         make_config("dala", **settings)
+
+
+def test_a_router_starts_with_a_number_for_each_route():
+    router = DynamicRouter(6, 3, start=(-1.0, 0.5))
+    assert router(torch.randn(1, 2, 6)).movedim(1, -1).unique(dim=1).tolist() == [[[[-1.0, 0.5]] * 2]]
+    with pytest.raises(ValueError, match=r"start=\(1.0,\) must have a number for each of num_routes=2 routes"):
+        DynamicRouter(6, 3, start=(1.0,))
 
 
 def test_update_router_checks_its_arguments():

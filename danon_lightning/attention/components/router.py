@@ -1,5 +1,7 @@
 """How much each head takes from each of several routes to the past, token by token."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -9,25 +11,37 @@ __all__ = ["DynamicRouter"]
 
 
 class DynamicRouter(nn.Module):
-    """Logits for each head and route, from the token and from a bias that agreement moves; zero at first.
+    """Logits for each head and route, from the token and from a bias that agreement moves.
 
     Args:
         dim: Width D of a token.
         num_heads: Heads H.
         num_routes: Routes R that a head chooses from.
         temperature: Divides the logits; a high one makes choices less decided.
+        start: What the bias of each route begins with, R numbers; ``None``: zeros.
 
     Raises:
-        ValueError: If the temperature is not positive.
+        ValueError: If the temperature is not positive, or ``start`` is not a number for each route.
     """
 
     bias: Tensor
 
-    def __init__(self, dim: int, num_heads: int, num_routes: int = 2, *, temperature: float = 1.0) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        num_routes: int = 2,
+        *,
+        temperature: float = 1.0,
+        start: Sequence[float] | None = None,
+    ) -> None:
         """Create the projection."""
         super().__init__()
         if not temperature > 0:
             raise ValueError(f"temperature={temperature} must be positive")
+        self.start = (0.0,) * num_routes if start is None else tuple(start)
+        if len(self.start) != num_routes:
+            raise ValueError(f"start={start} must have a number for each of num_routes={num_routes} routes")
         self.temperature = temperature
         self.projection = ZeroLinear(dim, num_routes * num_heads)
         self.register_buffer("bias", torch.empty(num_routes, num_heads))
@@ -35,7 +49,8 @@ class DynamicRouter(nn.Module):
 
     def reset_parameters(self) -> None:
         """Forget what agreement has taught."""
-        nn.init.zeros_(self.bias)
+        for bias, start in zip(self.bias, self.start, strict=True):
+            nn.init.constant_(bias, start)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits.

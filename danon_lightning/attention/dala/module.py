@@ -1,5 +1,6 @@
 """DALA as a variant of the model: its settings, its learned parts, its registration."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -45,6 +46,8 @@ class DALAConfig(AttentionConfig):
             those that wait.
         use_adaptive_router: Whether each token weighs memory and state for each head; otherwise both count as they are.
         router_temperature: Divides the logits of the router.
+        memory_logit: What the router adds to the logits of the memory at first, in nats. Hundreds of remembered tokens,
+            none of which is worth reading yet, would else outweigh the window.
 
     Raises:
         ValueError: If a setting is out of range or does not fit another one.
@@ -61,6 +64,7 @@ class DALAConfig(AttentionConfig):
     state_update_frequency: int = 1
     use_adaptive_router: bool = True
     router_temperature: float = 1.0
+    memory_logit: float = -4.0
 
     def __post_init__(self) -> None:
         """Check every setting."""
@@ -71,6 +75,7 @@ class DALAConfig(AttentionConfig):
         self._require(self.recency >= 0, "recency", "must not be negative: the memory would keep the oldest tokens")
         self._require(0 < self.state_decay_rate < 1, "state_decay_rate", "must lie between 0 and 1")
         self._require(self.router_temperature > 0, "router_temperature", "must be positive")
+        self._require(math.isfinite(self.memory_logit), "memory_logit", "must be finite")
         self._require(self.causal, "causal", "is not possible with dala: its memory and state are of the past")
         if self.state_update_frequency > self.block_size:
             raise ValueError(
@@ -126,8 +131,10 @@ class DALAAttention(AttentionCore):
             )
         routes = config.use_sparse_attention + config.use_recursive_state
         if config.use_adaptive_router and routes:
-            temperature = config.router_temperature
-            self.router = DynamicRouter(config.hidden_size, config.num_heads, routes, temperature=temperature)
+            start = (config.memory_logit,) * config.use_sparse_attention + (0.0,) * config.use_recursive_state
+            self.router = DynamicRouter(
+                config.hidden_size, config.num_heads, routes, temperature=config.router_temperature, start=start
+            )
         self.memory_size = config.memory_size if config.use_sparse_attention else 0
         self.reset_parameters()
 
