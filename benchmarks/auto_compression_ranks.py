@@ -28,7 +28,7 @@ WARMUP_STEPS = 5
 ANSWER_STEPS = 20
 # What takes so many times as long as the best after so many rounds is measured no further; the first of them are those
 # of the plan.
-CLEARLY_SLOWER = {0: 1.25, 12: 1.12}
+CLEARLY_SLOWER = {0: 1.5, 8: 1.25, 16: 1.12}
 # As many as lie between two looks of "auto": so many steps have one. A turn lasts for as many such blocks as fit into
 # so many seconds, and for one at least: caches that others have filled meanwhile are forgotten by then.
 BLOCK_STEPS, TURN_SECONDS = AutoCompression().every_n_steps, 0.5

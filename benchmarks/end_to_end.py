@@ -331,13 +331,16 @@ def save_plot(results: Sequence[Result], targets: dict[float, float], title: str
     """Draw bits a byte against seconds, a chart for each rate."""
     from matplotlib.figure import Figure
 
+    names = list(dict.fromkeys(one.name for one in results if one.name != "ddp"))
+    # There are ten colours; then come other marks.
+    styles = {name: {"color": f"C{index % 10}", "marker": ".x+"[index // 10 % 3]} for index, name in enumerate(names)}
+    styles["ddp"] = {"color": "black", "linestyle": "--", "marker": "."}
     figure = Figure(figsize=(7 * len(targets), 5), layout="constrained")
     for axes, (mbit, target) in zip(figure.subplots(1, len(targets), squeeze=False)[0], targets.items(), strict=True):
         for one in results:
             if one.mbit == mbit and one.curve:
                 _, seconds, bits = zip(*one.curve, strict=True)
-                style = {"color": "black", "linestyle": "--"} if one.name == "ddp" else {}
-                axes.plot(seconds, bits, label=one.name, marker=".", **style)
+                axes.plot(seconds, bits, label=one.name, **styles[one.name])
         axes.axhline(target, color="grey", linewidth=0.8, label="target")
         axes.set(xscale="log", xlabel="seconds of training", ylabel="validation bits a byte", title=format_rate(mbit))
         axes.xaxis.set_major_formatter("{x:g}")

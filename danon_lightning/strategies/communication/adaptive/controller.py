@@ -186,7 +186,12 @@ class Controller:
             return
         self._seconds_since_probe = 0.0
         scale = bytes_per_second / forecaster.links.inter.bytes_per_second
-        self._has_link_changed = self._would_matter(scale, measured, step) and self._set_scale(scale)
+        change, matters = scale / forecaster.scale, self._would_matter(scale, measured, step)
+        self._has_link_changed = matters and max(change, 1 / change) >= _CHANGED
+        if self._has_link_changed:
+            self._change_link(scale, change)
+        elif matters:
+            forecaster.scale = scale
         self._doubt = 1.0 if self._has_link_changed else min(2 * self._doubt, _MOST_DOUBT)
         if not self.distrusts:
             forecaster.learn(self.current, measured, step)
@@ -264,24 +269,19 @@ class Controller:
         changes = [abs(exposed(name, scale) - exposed(name, forecaster.scale)) for name in {self.current, OFF}]
         return max(changes) > _MATTERS * measured.step_seconds
 
-    def _set_scale(self, scale: float) -> bool:
-        """Returns whether the link has changed."""
+    def _change_link(self, scale: float, change: float) -> None:
+        """Go by another bandwidth, and forget what it makes obsolete."""
         assert self.forecaster is not None
-        change = scale / self.forecaster.scale
-        if max(change, 1 / change) < _CHANGED:
-            self.forecaster.scale = scale
-            return False
         self.forecaster.change_link(scale)
         self._chooser.forget_mistakes()
         if max(change, 1 / change) < _CLEARLY_CHANGED:
-            return True
+            return
         self._changes.append((self._looks, change))
         while self._changes[0][0] < self._looks - _RECENT_LOOKS:
             self._changes.popleft()
         turns = [(one > 1) != (other > 1) for (_, one), (_, other) in pairwise(self._changes)]
         if sum(turns) >= _TO_AND_FRO:
             self._distrust("it seems to change to and fro")
-        return True
 
     def _distrust(self, why: str) -> None:
         self._distrusted_looks = _DISTRUST_LOOKS
