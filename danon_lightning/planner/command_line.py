@@ -3,9 +3,11 @@
 import argparse
 import importlib
 import json
+import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -106,15 +108,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parsing.error(str(error))
     batch_size = args.batch or subject.batch_size
     try:
-        profile = measure(
-            subject.module,
-            subject.data,
-            None if batch_size is None else shares(batch_size, cluster.world_size),
-            ranks=cluster.world_size,
-            pipeline_layers=args.layers,
-            precision=subject.precision,
-            accelerator=args.device,
-        )
+        with _silent_trainer():
+            profile = measure(
+                subject.module,
+                subject.data,
+                None if batch_size is None else shares(batch_size, cluster.world_size),
+                ranks=cluster.world_size,
+                pipeline_layers=args.layers,
+                precision=subject.precision,
+                accelerator=args.device,
+            )
         batch_size = batch_size or profile.batch_samples
         plans = plan_profile(
             profile,
@@ -133,6 +136,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args.json.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         print(f"written: {args.json}")
     return 0 if any(one.is_feasible for one in plans) else 1
+
+
+@contextmanager
+def _silent_trainer() -> Iterator[None]:
+    """Leave out what a Trainer says of devices and of its end: it is there for the measurement only."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _cluster(args: argparse.Namespace) -> Cluster:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
@@ -22,9 +23,12 @@ def plans_table(plans: Sequence[Plan], *, title: str) -> Table:
         plans: In order.
         title: What stands above.
     """
-    right = ("step", "samples/s", "bubble", "exchange", "leaves a node", "memory")
+    right = ("step", "samples/s", "bubble", "exchange", "sent", "memory")
     columns = [Column(name, justify="right", no_wrap=True) for name in right]
-    table = Table(Column("#", justify="right"), Column("layout", overflow="fold"), *columns, title=title)
+    table = Table(
+        Column("#", justify="right"), Column("layout", overflow="fold"), *columns,
+        title=title, box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False,  # 80 columns must do
+    )  # fmt: skip
     for number, plan in enumerate(plans, 1):
         table.add_row(
             str(number),
@@ -36,7 +40,10 @@ def plans_table(plans: Sequence[Plan], *, title: str) -> Table:
             format_bytes(plan.leaving_bytes) if plan.nodes > 1 else "",
             format_bytes(plan.memory.total),
         )
-    table.caption = "exchange: by how much that of gradients makes a step longer; memory: of the rank that needs most"
+    table.caption = (
+        "exchange: by how much that of gradients makes a step longer; sent: what leaves a node; "
+        "memory: of the rank that needs most"
+    )
     return table
 
 

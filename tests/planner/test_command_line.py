@@ -25,6 +25,10 @@ def test_a_config_is_planned(text, tmp_path, capsys):
     assert main([*command, "--batch", "8", "--json", str(file)]) == 0
     printed = capsys.readouterr().out
     assert "danon-train" in printed and "assumed:" in printed and "strategy:" in printed
+    # 80 columns do: no word of a layout is broken, and nothing is left out.
+    assert "2 replicas," in printed and "optimizer," in printed and "…" not in printed
+    assert max(map(len, printed[: printed.index("assumed:")].splitlines())) <= 80
+    assert "GPU available" not in printed and "max_steps" not in printed
     content = json.loads(file.read_text())
     assert content["batch_size"] == 8 and content["cluster"]["links"]["nodes"] == 2
     best = content["plans"][0]
