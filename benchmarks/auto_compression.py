@@ -80,7 +80,10 @@ def verdict_of(found: Mapping[str, Any]) -> Verdict:
         for name, seconds in turns.items()
     }
     usual = {name: statistics.median(ratios) for name, ratios in to_auto.items()}
-    halves = [{name: statistics.median(ratios[half::2]) for name, ratios in to_auto.items()} for half in (0, 1)]
+    # A single round is both halves.
+    halves = [
+        {name: statistics.median(ratios[half::2] or ratios) for name, ratios in to_auto.items()} for half in (0, 1)
+    ]
     in_the_race = [name for name in turns if name not in (DDP, AUTO) and len(turns[name]) == len(turns[AUTO])]
     bests = [min(in_the_race, key=half.__getitem__) for half in halves]
     return Verdict(

@@ -66,7 +66,7 @@ def test_what_auto_chooses_is_printed_and_written(tmp_path):
     (model,) = json.loads(file.read_text())["models"]
     candidates = {"off", "bf16", "int8", "int4", "powersgd", "topk", "sign"}
     for found in model["rates"]:
-        assert set(found["blocks"]) == {"ddp", "auto", *candidates} and found["choice"] in candidates
+        assert set(found["turns"]) == {"ddp", "auto", *candidates} and found["choice"] in candidates
         assert found["mbit"] is None or set(found["predicted"]) == candidates
 
 

@@ -122,12 +122,12 @@ class Adaptation:
         self.exchanges += finite
         if self._told is None:
             return None
-        wish, decision, self._rests = self._heard(*self._told)
+        wish, decision = self._heard(*self._told)
         self._told = None
         if wish != NOTHING:
             # While all ranks wait: beside training, busy processors would make the link seem slower than it is.
             if wish == PROBE or self._ping():
-                decision, self._rests = self._measure_link(), False
+                decision = self._measure_link()
             self._meter.pause()
         if decision is not None:
             self.decisions.append(decision)
@@ -178,8 +178,7 @@ class Adaptation:
             self.controller.probe_seconds = time.perf_counter() - start
             self._think(lambda: self.controller.take_probe(found, measured, self.exchanges))
             decision = self._decide(measured)
-        _, decision, _ = self._heard(*self._tell(NOTHING, decision))
-        return decision
+        return self._heard(*self._tell(NOTHING, decision))[1]
 
     def _decide(self, measured: Measured | None) -> Decision | None:
         decision: Decision | None = self._think(lambda: self.controller.decide(measured, self.exchanges))
@@ -208,15 +207,15 @@ class Adaptation:
         will = torch.frombuffer(bytearray(_WILL.pack(wish, index, rests, sentence)), dtype=torch.uint8).to(self._device)
         return will, dist.broadcast(will, 0, group=self._group, async_op=True)
 
-    def _heard(self, will: Tensor, work: "dist.Work") -> tuple[int, Decision | None, bool]:
+    def _heard(self, will: Tensor, work: "dist.Work") -> tuple[int, Decision | None]:
         """Rank 0's will, on all ranks."""
         work.wait()
-        wish, index, rests, sentence = _WILL.unpack(bytes(will.tolist()))
+        wish, index, self._rests, sentence = _WILL.unpack(bytes(will.tolist()))
         if index < 0:
-            return wish, None, rests
+            return wish, None
         name = list(self.controller.candidates)[index]
         self.controller.current = name
-        return wish, Decision(self.exchanges, name, sentence.rstrip(b"\0").decode(errors="replace")), rests
+        return wish, Decision(self.exchanges, name, sentence.rstrip(b"\0").decode(errors="replace"))
 
     def close(self) -> None:
         """Give up its process group. Every rank does it, with nothing under way."""
