@@ -179,7 +179,8 @@ class TextGeneration(pl.LightningModule):
         if max_new_bytes is None:
             raise ValueError(
                 f"max_new_bytes=None: this model cannot go on beyond max_sequence_length={limit}; set max_new_bytes to "
-                f"at most {limit - longest}, or build a model that streams without end, as with a fixed num_levels"
+                f"at most {limit - longest}, or build a model that streams without end, as with a fixed num_levels of "
+                "msra or a limited max_cache_size of ucsa"
             )
         if longest + max_new_bytes > limit:
             raise ValueError(

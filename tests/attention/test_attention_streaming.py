@@ -11,7 +11,7 @@ from danon_lightning.attention import AttentionModel, detach_state, map_state
 from danon_lightning.attention.msra.module import _warn_out_of_reach
 
 sys.path.insert(0, str(Path(__file__).parent))
-from variants import ENDLESS, VARIANTS, make_config, scramble  # noqa: E402
+from variants import ENDLESS, SETTINGS, VARIANTS, make_config, scramble  # noqa: E402
 
 MORE = {
     "full, learned positions": ("full", {"learned_positions": True, "rope_base": None}),
@@ -110,6 +110,27 @@ def test_endless_states_stay_bounded(name):
             map_state(lambda x, here=sizes[-1]: here.append(x.untyped_storage().nbytes()), state)
     assert max(map(sum, sizes[3:])) <= 1.2 * sum(sizes[2])
     assert state["position"] == 439
+
+
+@pytest.mark.parametrize("variant", ["ucsa", "super_hybrid"])
+def test_with_a_limited_cache_ucsa_streams_without_end(variant):
+    cache = {"max_cache_size": 16}
+    given = {"components": "dala+ucsa", "settings": {"dala": SETTINGS["dala"], "ucsa": {**SETTINGS["ucsa"], **cache}}}
+    model = make_model(make_config(variant, max_sequence_length=96, **(cache if variant == "ucsa" else given)))
+    assert model.streams_without_end
+    ids, sizes, state = torch.randint(0, 11, (1, 400)), [], model.init_state(1)
+    with torch.no_grad():
+        expected, _ = stream(model, ids, [400])
+        for start in range(0, 400, 25):
+            output = model(ids[:, start : start + 25], state=state)
+            state = output.state
+            torch.testing.assert_close(output.last_hidden_state, expected[:, start : start + 25], rtol=0, atol=1e-10)
+            sizes.append([])
+            map_state(lambda x, here=sizes[-1]: here.append(x.untyped_storage().nbytes()), state)
+    # The longest sequence has four times 25 tokens; 300 more add levels of a few merged cells.
+    assert max(map(sum, sizes)) <= 1.3 * sum(sizes[3])
+    unlimited = {**SETTINGS["ucsa"], "max_cache_size": None}
+    assert not make_model(make_config("ucsa", **unlimited)).streams_without_end
 
 
 @pytest.mark.parametrize("name", VARIANTS)

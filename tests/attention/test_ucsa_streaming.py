@@ -103,6 +103,69 @@ def test_a_bounded_cache_equals_a_softmax_without_the_blocks_that_are_gone(level
             torch.testing.assert_close(stream(tensors, chunks, None, **settings)[0], streamed, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize(
+    ("levels", "factor", "reach", "eviction"),
+    [(1, 2, 1, "lru"), (1, 3, 4, "fifo"), (2, 2, 3, "lfu"), (2, 2, 2, "lru"), (3, 2, 1, "lru"), (2, 3, 2, "lru")],
+)
+def test_beyond_its_reach_a_stream_equals_a_softmax_with_merged_cells(levels, factor, reach, eviction):
+    length, tree = 95, {"tree_levels": levels, "tree_factor": factor, "reach": reach}
+    tensors, caches = make_qkv(length=length), []
+    settings = {"max_cache_size": 24, "eviction": eviction, **tree}
+    for mask in (None, torch.rand(BATCH, length) < 0.5):
+        caches.clear()
+        streamed, state = stream(tensors, [1] * length, mask, lambda x: caches.append(x["cache"]) or x, **settings)
+        gone = torch.ones(BATCH, length, 23, dtype=torch.bool)
+        for i, cache in enumerate([*caches[1:], state["cache"]]):
+            gone[:, i] = gone[:, i].scatter(1, cache["blocks"], False)
+        expected, coverage = ucsa_attention_reference(
+            **tensors, **{**SIZES, **tree}, key_padding_mask=mask, unavailable=gone, return_coverage=True
+        )
+        assert_same(tensors, streamed, expected)
+        assert len(state["merged"]) == (2 if (levels, factor) == (1, 2) else 1)
+        if mask is None:
+            # Whatever has been merged: every token that a query may see, once.
+            assert torch.equal(coverage, torch.ones_like(coverage).tril())
+        # How the sequence is cut does not matter.
+        for chunks in ([7] * 13 + [4], [length]):
+            torch.testing.assert_close(stream(tensors, chunks, mask, **settings)[0], streamed, rtol=0, atol=1e-10)
+
+
+def test_with_all_blocks_kept_too_cells_are_merged():
+    tensors = make_qkv(length=131)
+    tree = {"tree_levels": 2, "reach": 4}
+    streamed, state = stream(tensors, [40, 91], **tree)
+    assert_same(tensors, streamed, ucsa_attention_reference(**tensors, **{**SIZES, **tree}))
+    assert state["cache"]["blocks"].shape[1] == 30
+
+
+def test_beyond_its_reach_a_state_grows_with_the_logarithm_of_the_length():
+    settings = {"max_cache_size": 24, "tree_levels": 2, "reach": 4}
+    tensors, numbers = make_qkv(torch.float32, length=2000), []
+    state, numel = start_state(tensors["k"], {**SIZES, **settings}), []
+    with torch.no_grad():
+        for start in range(0, 2000, 125):
+            chunk = [tensors[name][:, :, start : start + 125] for name in "qkv"]
+            _, state = stream_chunk(*chunk, state, **{**SIZES, **settings})
+            numel.clear()
+            map_state(lambda x: numel.append(x.untyped_storage().nbytes()) or x, state)
+            numbers.append(sum(numel))
+    assert [x["log_mass"].shape[1] <= most for x, most in zip(state["cells"], (12, 6), strict=True)] == [True, True]
+    assert all(x["log_mass"].shape[1] <= 4 for x in state["merged"]) and 5 <= len(state["merged"]) <= 8
+    # Of twice the length, one level more: four cells of a key, a value and a mass each.
+    assert max(numbers[8:]) - max(numbers[4:8]) <= 4 * 4 * BATCH * (2 * GROUPS * WIDTH + 1) + 2000
+
+
+def test_blocks_beyond_the_reach_leave_the_cache_first():
+    tokens, real = torch.zeros(1, 1, 1, 2, 4), torch.ones(1, 1, 2, dtype=torch.bool)
+    for eviction in ("lru", "fifo", "lfu"):
+        cache = empty_cache(1, 1, 2, 4, device=tokens.device, dtype=tokens.dtype)
+        for block, first in zip(range(5), (0, 0, 0, 1, 2), strict=True):
+            places = {"own_block": block + 2, "first_block": first}
+            cache = add_block(cache, tokens, tokens, real, block, **places, capacity=3, eviction=eviction)
+            cache = record_selection(cache, torch.tensor([[0, 0, 1]]), block + 2, eviction)
+        assert sorted(cache["blocks"][0].tolist()) == [2, 3, 4]
+
+
 def test_which_block_goes():
     tokens = torch.zeros(1, 1, 1, 2, 4)
     real = torch.ones(1, 1, 2, dtype=torch.bool)
@@ -111,7 +174,8 @@ def test_which_block_goes():
         cache = empty_cache(1, 1, 2, 4, device=tokens.device, dtype=tokens.dtype)
         for block in range(5):
             own = block + 2
-            cache = add_block(cache, tokens + block, tokens, real, block, own_block=own, capacity=3, eviction=eviction)
+            places = {"own_block": own, "first_block": 0}
+            cache = add_block(cache, tokens + block, tokens, real, block, **places, capacity=3, eviction=eviction)
             if block == 2:
                 # Block 0 is selected often but early, block 1 seldom but last.
                 cache = record_selection(cache, torch.tensor([[0, 0, 2, 2, 0, -1]]), own, eviction)
@@ -189,6 +253,7 @@ def test_a_detached_state_cuts_the_graph():
         ({"eviction": "random"}, "eviction='random' must be one of lru, fifo, lfu"),
         ({"selection_bias": torch.zeros(2, 2, 7)}, "selection_bias is a tensor"),
         ({"block_size": 0}, "block_size=0 must be"),
+        ({"reach": 1, "tree_factor": 4}, "reach=1 must be at least tree_factor - 1, 3"),
     ],
 )
 def test_errors_name_the_argument(change, message):

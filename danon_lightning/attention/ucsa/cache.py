@@ -62,6 +62,7 @@ def add_block(
     block: int,
     *,
     own_block: int,
+    first_block: int,
     capacity: int,
     eviction: Eviction,
 ) -> State:
@@ -74,9 +75,10 @@ def add_block(
         real: ``[b, 1, S]``.
         block: Index of the block.
         own_block: The block that the stream has come to.
+        first_block: The first block that may still be selected.
         capacity: Blocks that the cache may hold.
-        eviction: Which block goes: the one that was selected least recently (lru; a new one counts as selected), least
-            often (lfu), of equal ones the oldest; or the oldest (fifo).
+        eviction: Which block goes, if all may still be selected: the one that was selected least recently (lru; a new
+            one counts as selected), least often (lfu), of equal ones the oldest; or the oldest (fifo).
     """
     if capacity == 0:
         return cache
@@ -84,6 +86,7 @@ def add_block(
     if cache["blocks"].shape[1] < capacity:
         return extend_cache(cache, keys, values, real, block, use)
     worth = cache["blocks"] if eviction == "fifo" else cache["use"] * (block + 1) + cache["blocks"]
+    worth = worth.masked_fill(cache["blocks"] < first_block, -1)
     slots = torch.arange(capacity, device=keys.device)
     goes = slots == worth.argmin(dim=1, keepdim=True)  # [b, u]
     wide = goes[:, None, :, None, None]
@@ -96,11 +99,17 @@ def add_block(
     }
 
 
-def available_blocks(cache: State, count: int) -> Tensor:
-    """Return where each of the first ``count`` blocks lies in the cache ``[b, count]``, -1 for those that are gone."""
-    blocks = cache["blocks"]
-    places = torch.full((blocks.shape[0], count), -1, device=blocks.device)
-    return places.scatter(1, blocks, torch.arange(blocks.shape[1], device=blocks.device).expand_as(blocks))
+def available_blocks(cache: State, first: int, count: int) -> Tensor:
+    """Return where each of ``count`` blocks, from ``first`` on, lies in the cache, -1 for those that are gone.
+
+    Returns:
+        ``[b, count]``.
+    """
+    blocks = cache["blocks"] - first
+    places = torch.full((blocks.shape[0], count + 1), -1, device=blocks.device)
+    # Earlier ones in a column more.
+    blocks = blocks.masked_fill(blocks < 0, count)
+    return places.scatter(1, blocks, torch.arange(blocks.shape[1], device=blocks.device).expand_as(blocks))[:, :count]
 
 
 def record_selection(cache: State, selected: Tensor, own_block: int, eviction: Eviction) -> State:

@@ -22,7 +22,15 @@ from danon_lightning.attention.pooling import pool_cells, token_cells
 from danon_lightning.attention.rotary import apply_rotary, cell_positions
 from danon_lightning.attention.ucsa.layout import Layout
 
-__all__ = ["Cells", "SelectionBias", "block_cells", "block_errors", "compensate_errors", "parent_cells"]
+__all__ = [
+    "Cells",
+    "SelectionBias",
+    "block_cells",
+    "block_errors",
+    "compensate_errors",
+    "parent_cells",
+    "rotate_centres",
+]
 
 SelectionBias: TypeAlias = Tensor | Callable[[Tensor], Tensor] | None
 
@@ -141,7 +149,7 @@ def block_cells(
             expandable = worth_it if expandable is None else expandable & worth_it
         selection_bias = selection_bias(errors) if callable(selection_bias) else selection_bias
     bias = None if selection_bias is None else selection_bias.detach().to(summaries.log_mass.dtype)
-    centred = _rotate_centres(summaries.keys, first, 0, layout, rope_base)
+    centred = rotate_centres(summaries.keys, first, 0, layout, rope_base)
     return Cells(summaries.keys, centred, summaries.values, summaries.log_mass, upper, lower, bias, expandable)
 
 
@@ -172,7 +180,7 @@ def parent_cells(children: Cells, *, first: int, level: int, layout: Layout, rop
     expandable = children.expandable
     if expandable is not None:
         expandable = F.pad(expandable, (0, missing)).unflatten(-1, (-1, factor)).any(dim=-1)
-    centred = _rotate_centres(summaries.keys, first, level, layout, rope_base)
+    centred = rotate_centres(summaries.keys, first, level, layout, rope_base)
     return Cells(summaries.keys, centred, summaries.values, summaries.log_mass, upper, lower, bias, expandable)
 
 
@@ -182,7 +190,15 @@ def _extremes(upper: Tensor, lower: Tensor) -> tuple[Tensor, Tensor]:
     return upper.masked_fill(upper == float("-inf"), 0.0), lower.masked_fill(lower == float("inf"), 0.0)
 
 
-def _rotate_centres(means: Tensor, first: int, level: int, layout: Layout, rope_base: float | None) -> Tensor:
-    """Rotate summaries by the positions of the centres of their cells."""
+def rotate_centres(means: Tensor, first: int, level: int, layout: Layout, rope_base: float | None) -> Tensor:
+    """Rotate summaries by the positions of the centres of their cells.
+
+    Args:
+        means: Mean keys of consecutive cells ``[b, G, m, d]``.
+        first: Index of the first cell.
+        level: Their level.
+        layout: Where cells lie.
+        rope_base: Base of the rotary embedding; ``None`` means no rotation.
+    """
     centres = cell_positions(first, means.shape[-2], layout.span(level), means.device) + layout.num_sinks
     return apply_rotary(means, centres, rope_base)

@@ -56,7 +56,8 @@ class UCSAConfig(AttentionConfig):
             readily; ``None`` leaves this out.
         enable_cache: Whether a stream keeps tokens of past blocks; without, they can only be read as summaries.
         max_cache_size: Most tokens of past blocks that a stream keeps; ``None`` keeps all, so that a stream equals the
-            whole sequence at any length.
+            whole sequence, up to ``max_sequence_length``. A stream with a limited cache goes on beyond: there the
+            oldest summaries are merged again and again, so that it has no end and its state hardly grows.
         cache_strategy: Which block goes when the cache is full: ``"lru"``, the one selected least recently; ``"fifo"``,
             the oldest; ``"lfu"``, the one selected least often.
         chunk_size: Tokens of a stream that are worked on at once.
@@ -124,6 +125,18 @@ class UCSAConfig(AttentionConfig):
             levels, cells = levels + 1, -(-cells // self.tree_factor)
         return levels
 
+    @property
+    def reach(self) -> int | None:
+        """Most cells of the uppermost level that a stream keeps apart: those of the longest sequence."""
+        if not self.streams_without_end:
+            return None
+        return max(self.tree_factor, -(-self.num_blocks // self.tree_factor ** (self.tree_levels - 1)))
+
+    @property
+    def streams_without_end(self) -> bool:
+        """Whether a stream may go on beyond the longest sequence."""
+        return not self.enable_cache or self.max_cache_size is not None
+
     def num_selected(self, training_step: int = 0) -> int:
         """Return the number k of cells that a query expands at each level, after some training steps."""
         share = self.sparsity_factor * math.exp(-self.sparsity_decay * training_step) + self.min_sparsity
@@ -177,6 +190,11 @@ class UCSAAttention(AttentionCore):
             self.training_step.zero_()
             self.error_mean.fill_(0.5)
             self.error_variance.fill_(0.0)
+
+    @property
+    def streams_without_end(self) -> bool:
+        """True, unless all tokens are kept: beyond the longest sequence the oldest summaries are merged."""
+        return self.config.streams_without_end
 
     def init_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> State:
         """Return the state before the first token; see ``AttentionCore.init_state``."""
@@ -249,6 +267,7 @@ class UCSAAttention(AttentionCore):
                 key_padding_mask=None if key_padding_mask is None else key_padding_mask[:, here],
                 max_cache_size=config.max_cache_size if config.enable_cache else 0,
                 eviction=config.cache_strategy,
+                reach=config.reach,
                 **settings,
             )
             outputs.append(output)

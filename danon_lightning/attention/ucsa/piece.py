@@ -227,15 +227,17 @@ class Piece:
         assert parents is not None
         factor = self.layout.tree_factor
         frontier = self.layout.frontier(self.positions, level).expand(self.rows, -1, -1)
-        groups = cells.keys.shape[1] // factor
+        first, groups = cells.first // factor, cells.keys.shape[1] // factor
         # The window may lie beyond the end of the sequence.
-        parents = torch.cat([parents, frontier.masked_fill(frontier >= groups, -1)], dim=-1)
+        parents = torch.cat([parents, frontier.masked_fill(frontier >= first + groups, -1)], dim=-1)
+        if first > 0:
+            parents = torch.where(parents < 0, -1, parents - first)
         tiles = self._tiles(parents, groups)
         if tiles is None:
             return self.blocks, None
         # What was expanded lies outside of the window, all of it; of the frontier only a part does.
         edge = slice(parents.shape[-1] - frontier.shape[-1], None)
-        cut = parents[:, :, edge].unsqueeze(-1) * factor + torch.arange(factor, device=self.device)
+        cut = (parents[:, :, edge] + first).unsqueeze(-1) * factor + torch.arange(factor, device=self.device)
         outside = self.layout.outside(cut, self.positions.view(-1, 1, 1), level) & tiles.present[:, :, edge, None]
 
         def children() -> Tensor:
@@ -287,7 +289,7 @@ class Piece:
             return self._read_children(products[..., factor:].flatten(2), children(), cells)
 
         candidates = chosen.clamp(min=0)
-        expanded = parents.gather(-1, candidates // factor) * factor + candidates % factor
+        expanded = (parents.gather(-1, candidates // factor) + first) * factor + candidates % factor
         shorter = part if products is not None and self._keep is None else None
         return torch.where(chosen < 0, -1, expanded), _Set("cells", pick, bias, tiles, part=shorter)
 

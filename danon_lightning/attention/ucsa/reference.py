@@ -29,6 +29,7 @@ def ucsa_attention_reference(
     error_tolerance: float = 0.0,
     selection_bias: Tensor | Callable[[Tensor], Tensor] | None = None,
     unavailable: Tensor | None = None,
+    reach: int | None = None,
     return_coverage: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute ``ucsa_attention`` naively; see there for the other arguments.
@@ -50,6 +51,8 @@ def ucsa_attention_reference(
         selection_bias: ``[b, G or H, blocks]``, or a function that makes it of the errors.
         unavailable: Blocks whose tokens are gone when a query comes, so that they can be read as summaries only
             ``[b, n, blocks]``, boolean; a cell all of whose blocks are gone is not expanded.
+        reach: Most cells of the uppermost level before the window of a query; beyond it they are merged, as in a
+            stream. ``None``: no limit.
         return_coverage: Whether to return also how often each query covers each token ``[b, H, n, n]``.
 
     Returns:
@@ -62,7 +65,8 @@ def ucsa_attention_reference(
     # The tokens of each cell, level by level; children are neighbours.
     blocks = -(-max(0, length - num_sinks) // block_size)
     tokens = [[range(num_sinks + b * block_size, min(length, num_sinks + (b + 1) * block_size)) for b in range(blocks)]]
-    for _ in range(1, tree_levels):
+    # With a limited reach there are levels above the tree, as many as there can be.
+    while len(tokens) < tree_levels or (reach is not None and len(tokens[-1]) > 1):
         below = tokens[-1]
         tokens.append(
             [
@@ -136,7 +140,9 @@ def ucsa_attention_reference(
                 num_selected,
                 block_size * window_blocks,
                 num_sinks,
+                tree_levels,
                 tree_factor,
+                reach,
                 causal,
             )
             visible[row, head, i, read] = real[row, read]
@@ -160,9 +166,11 @@ def _look(
     full: list[bool],
     may: list[bool],
     num_selected: int,
-    reach: int,
+    margin: int,
     num_sinks: int,
+    tree_levels: int,
     tree_factor: int,
+    reach: int | None,
     causal: bool,
 ) -> tuple[list[int], list[tuple[int, int]]]:
     """Return which tokens query i reads, and which cells (of which level).
@@ -176,14 +184,16 @@ def _look(
         full: Which blocks hold real tokens.
         may: Which blocks may be expanded.
         num_selected: k.
-        reach: Tokens of the window beyond the own block.
+        margin: Tokens of the window beyond the own block.
         num_sinks: g.
+        tree_levels: T.
         tree_factor: r.
+        reach: Most cells of the uppermost level before the window.
         causal: Whether only the past is seen.
     """
     # Sinks have the window of the first block.
     own = next((cell for cell in tokens[0] if max(i, num_sinks) in cell), range(0))
-    start, stop = own.start - reach, own.stop + reach
+    start, stop = own.start - margin, own.stop + margin
 
     def outside(cell: range) -> bool:
         return cell.stop <= start or (not causal and cell.start >= stop)
@@ -192,7 +202,23 @@ def _look(
     read = [j for j in [*range(min(num_sinks, length)), *inside] if j <= i or not causal]
     summaries: list[tuple[int, int]] = []
     expanded: list[int] = []
-    for level in reversed(range(len(tokens))):
+    merged = 0
+    if reach is not None:
+        # How many cells of a level there are, of which the oldest are merged, until none needs to be.
+        level, most, there = tree_levels - 1, reach, sum(cell.stop <= start for cell in tokens[tree_levels - 1])
+        while there > 0:
+            gone = 0
+            while there - gone > most:
+                gone += tree_factor
+            if level == tree_levels - 1:
+                merged = gone
+            else:
+                held = [
+                    j for j in range(gone, there) if any(full[j * tree_factor**level : (j + 1) * tree_factor**level])
+                ]
+                summaries += [(level, j) for j in held]
+            level, most, there = level + 1, 2 * tree_factor, gone // tree_factor
+    for level in reversed(range(tree_levels)):
         size = tree_factor**level
         blocks = [
             [b for b in range(j * size, (j + 1) * size) if b < len(full) and full[b]] for j in range(len(tokens[level]))
@@ -200,7 +226,9 @@ def _look(
         candidates = []
         for j, cell in enumerate(tokens[level]):
             parent = j // tree_factor
-            top = level == len(tokens) - 1
+            top = level == tree_levels - 1
+            if top and j < merged:
+                continue
             reached = top or parent in expanded or not outside(tokens[level + 1][parent])
             if outside(cell) and reached and blocks[j]:
                 candidates.append(j)

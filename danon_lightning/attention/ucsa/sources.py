@@ -29,6 +29,7 @@ class Level(NamedTuple):
         expandable: Which cells may be expanded ``[N, c]``, boolean; ``None`` if all that are visible may.
         judges: Below the top, what the bound queries of all that chose the parent are multiplied with: bounds of its
             children, then keys, twice side by side ``[N, c / r, 2r, 2d]``; see ``with_judges``.
+        first: Index of the first of the cells, a multiple of r below the top, where it may be other than 0.
     """
 
     keys: Tensor
@@ -38,6 +39,7 @@ class Level(NamedTuple):
     bias: Tensor | None
     expandable: Tensor | None
     judges: Tensor | None = None
+    first: int = 0
 
     def with_judges(self, factor: int) -> "Level":
         """Return the level with ``judges``: bounds and logits of the children of a cell in one product."""

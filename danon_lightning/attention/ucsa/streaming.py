@@ -2,7 +2,8 @@
 
 The state keeps the sinks, the tokens of the window, the summaries and bounds of all complete blocks and of the cells
 above them, and the tokens of past blocks: all of them, or as many as a cache holds. A block that was evicted from the
-cache is still read as a summary, and never expanded.
+cache is still read as a summary, and never expanded. Nor is what lies beyond the reach of the tree, if that is limited:
+there cells are merged again and again, so that the state grows with the logarithm of the length.
 """
 
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from danon_lightning.attention.core import State
+from danon_lightning.attention.pooling import Cells as Summaries
 from danon_lightning.attention.rotary import apply_rotary, cell_positions
 from danon_lightning.attention.ucsa.arguments import check_tensors
 from danon_lightning.attention.ucsa.cache import (
@@ -26,6 +28,7 @@ from danon_lightning.attention.ucsa.cache import (
 )
 from danon_lightning.attention.ucsa.cells import Cells, block_cells, parent_cells
 from danon_lightning.attention.ucsa.layout import Layout
+from danon_lightning.attention.ucsa.merged import merge_oldest, merged_cells
 from danon_lightning.attention.ucsa.sources import Level, Sources, level_of
 from danon_lightning.attention.ucsa.sparse import sparse_attention
 
@@ -87,7 +90,9 @@ def empty_state(
     Returns:
         ``position``, the number of tokens seen; ``padded``, whether a mask was ever given; the ``sinks`` (keys rotated)
         and the ``window`` (not rotated), with ``keys`` and ``values`` ``[b, G, m, d]`` and ``real`` ``[b, m]``;
-        ``cells``, for each level what the fields of ``Cells`` are; and the ``cache``, see ``empty_cache``.
+        ``cells``, for each level what the fields of ``Cells`` are; the ``cache``, see ``empty_cache``; ``outgrown``,
+        how many cells the uppermost level has no more; and ``merged``, what they have become: for each level above it
+        the index of the ``first`` cell, and the ``keys`` (not rotated), ``values`` and ``log_mass`` of all.
     """
     nothing = torch.empty(batch_size, kv_heads, 0, head_dim, device=device, dtype=dtype)
     real = torch.empty(batch_size, 0, device=device, dtype=torch.bool)
@@ -103,6 +108,8 @@ def empty_state(
         "window": dict(tokens),
         "cells": [dict(cells) for _ in range(tree_levels)],
         "cache": empty_cache(batch_size, kv_heads, block_size, head_dim, device=device, dtype=dtype),
+        "outgrown": 0,
+        "merged": [],
     }
 
 
@@ -124,13 +131,15 @@ def stream_chunk(
     selection_bias: Callable[[Tensor], Tensor] | None = None,
     max_cache_size: int | None = None,
     eviction: Eviction = "lru",
+    reach: int | None = None,
     dropout_p: float = 0.0,
     hits: CacheHits | None = None,
 ) -> tuple[Tensor, State]:
     """Attend to what the state holds and to the chunk itself, causally.
 
     With an unbounded cache the result equals the matching rows of ``ucsa_attention`` over the whole sequence. With a
-    bounded one it equals the same softmax in which blocks that were evicted are not expanded. When the stream comes to
+    bounded one it equals the same softmax in which blocks that were evicted are not expanded; with a limited reach, one
+    in which cells beyond it are replaced by those that they were merged in. When the stream comes to
     a new block, the oldest block of the window goes to the cache, and what the queries before have selected decides
     which other one it replaces. So neither result depends on how the sequence is cut in chunks.
 
@@ -155,6 +164,9 @@ def stream_chunk(
             keeps all.
         eviction: Which block goes when the cache is full: that selected least recently by any query (``"lru"``), the
             oldest (``"fifo"``) or that selected least often (``"lfu"``).
+        reach: Most cells of the uppermost level that lie before the window, at least ``tree_factor`` - 1. Beyond it the
+            oldest r = ``tree_factor`` are merged in one, r of those again when there are more than 2r, and so on; they
+            are read as summaries. ``None``: there is no limit.
         dropout_p: Probability of dropping an attention weight.
         hits: If given, what a bounded cache still holds of what queries would select is added to it.
 
@@ -172,16 +184,18 @@ def stream_chunk(
         raise ValueError(f"max_cache_size={max_cache_size} must be at least 0, or None for a cache without bounds")
     if eviction not in get_args(Eviction):
         raise ValueError(f"eviction={eviction!r} must be one of {', '.join(get_args(Eviction))}")
+    if reach is not None and reach < tree_factor - 1:
+        raise ValueError(f"reach={reach} must be at least tree_factor - 1, {tree_factor - 1}, or None for no limit")
     start, stop = state["position"], state["position"] + q.shape[-2]
     real = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device)
     if key_padding_mask is not None:
         real, state = key_padding_mask, {**state, "padded": True}
     borders = [start, stop]
-    if max_cache_size is not None:
-        # What may be expanded changes when the stream comes to another block.
+    if max_cache_size is not None or reach is not None:
+        # What may be expanded, and what is merged, changes when the stream comes to another block.
         first = num_sinks if start < num_sinks else start + block_size - (start - num_sinks) % block_size
         borders = [start, *range(first, stop, block_size), stop]
-    settings = (layout, rope_base, error_tolerance, selection_bias, max_cache_size, eviction, dropout_p, hits)
+    settings = (layout, rope_base, error_tolerance, selection_bias, max_cache_size, eviction, reach, dropout_p, hits)
     outputs = []
     for begin, end in zip(borders, borders[1:], strict=False):
         here = slice(begin - start, end - start)
@@ -205,10 +219,11 @@ def _step(
     selection_bias: Callable[[Tensor], Tensor] | None,
     max_cache_size: int | None,
     eviction: Eviction,
+    reach: int | None,
     dropout_p: float,
     hits: CacheHits | None,
 ) -> tuple[Tensor, State]:
-    """Attend with tokens between which nothing is evicted."""
+    """Attend with tokens between which nothing is evicted or merged."""
     batch, heads, length, width = q.shape
     groups, size, start = k.shape[1], layout.block_size, state["position"]
     positions = cell_positions(start, length, 1, q.device)
@@ -227,6 +242,9 @@ def _step(
     place = cell_positions(0, window["keys"].shape[2], 1, q.device) + (layout.num_sinks + first * size)
     window_keys = apply_rotary(window["keys"], place, rope_base)
     state["cells"] = _grow(state, window_keys, first, layout, rope_base, error_tolerance, selection_bias)
+    if reach is not None:
+        outside = max(0, own - layout.window_blocks) // layout.tree_factor ** (layout.tree_levels - 1)
+        state = merge_oldest(state, outside, reach, layout)
 
     # Blocks of S, the last one filled up with what no query comes to see.
     missing = -window_keys.shape[2] % size
@@ -241,12 +259,23 @@ def _step(
         else:
             capacity = max_cache_size // size
             state["cache"] = add_block(
-                state["cache"], *blocks, first, own_block=own, capacity=capacity, eviction=eviction
+                state["cache"],
+                *blocks,
+                first,
+                own_block=own,
+                first_block=_first_cell(state, 0, layout),
+                capacity=capacity,
+                eviction=eviction,
             )
     cache = state["cache"]
-    levels = _levels(state["cells"], cache if max_cache_size is not None else None, layout, groups)
-    if max_cache_size is not None:
-        slots = available_blocks(cache, state["cells"][0]["log_mass"].shape[1]).repeat_interleave(groups, dim=0)
+    merged = merged_cells(state["merged"], layout, rope_base)
+    # Merged cells take the places of the last that are no more.
+    gone = (state["outgrown"] - (merged.num_cells if merged else 0)) * layout.tree_factor ** (layout.tree_levels - 1)
+    is_bounded = max_cache_size is not None
+    levels = _levels(state, merged, layout, groups, bounded=is_bounded)
+    if is_bounded or gone:
+        count = _first_cell(state, 0, layout) + state["cells"][0]["log_mass"].shape[1] - gone
+        slots = available_blocks(cache, gone, count).repeat_interleave(groups, dim=0)
 
     def hidden(x: Tensor) -> Tensor | None:
         return ~x.repeat_interleave(groups, dim=0) if state["padded"] else None
@@ -258,7 +287,7 @@ def _step(
         keys.flatten(0, 1).contiguous(),
         values.flatten(0, 1).contiguous(),
         hidden(mask),
-        first,
+        first - gone,
         cache["keys"].to(k.dtype).flatten(0, 1),
         cache["values"].to(v.dtype).flatten(0, 1),
         hidden(cache["real"]),
@@ -266,12 +295,14 @@ def _step(
         levels,
     )
     query = apply_rotary(q, positions, rope_base).mul(width**-0.5).unflatten(1, (groups, -1)).flatten(0, 1)
+    start -= gone * size
     attended = sparse_attention(query, sources, layout, start=start, dropout_p=dropout_p)
     if hits is not None and slots is not None:
-        everything = sources._replace(levels=_levels(state["cells"], None, layout, groups))
+        everything = sources._replace(levels=_levels(state, merged, layout, groups, bounded=False))
         hits.count(sparse_attention(query, everything, layout, start=start).blocks, slots)
-    if max_cache_size is not None:
-        state["cache"] = record_selection(cache, attended.blocks.unflatten(0, (batch, groups)), own, eviction)
+    if is_bounded:
+        selected = torch.where(attended.blocks < 0, -1, attended.blocks + gone).unflatten(0, (batch, groups))
+        state["cache"] = record_selection(cache, selected, own, eviction)
     # The next query still has this block, or one after it, in its window.
     state["window"] = {
         name: x[..., leaving * size :, :] if x.dim() == 4 else x[:, leaving * size :] for name, x in window.items()
@@ -309,7 +340,7 @@ def _grow(
         selection_bias: As in ``stream_chunk``.
     """
     levels: list[State] = list(state["cells"])
-    done = levels[0]["log_mass"].shape[1]
+    done = _first_cell(state, 0, layout) + levels[0]["log_mass"].shape[1]
     total = max(0, state["position"] - layout.num_sinks) // layout.block_size
     if total == done:
         return levels
@@ -331,8 +362,8 @@ def _grow(
         above = levels[level + 1]["log_mass"].shape[1] if level + 1 < layout.tree_levels else 0
         count, means = cells["log_mass"].shape[1], cells["means"]
         parents = count // layout.tree_factor
-        # Means are only kept of cells that wait for their siblings.
-        waiting = count - parents * layout.tree_factor if level + 1 < layout.tree_levels else 0
+        # Means are only kept of cells that wait for their siblings: at the top, all of them do.
+        waiting = count - parents * layout.tree_factor if level + 1 < layout.tree_levels else count
         cells["means"] = means[:, :, means.shape[2] - waiting :].clone()
         levels[level] = cells
         if level + 1 == layout.tree_levels or parents == above:
@@ -349,7 +380,7 @@ def _grow(
                 None if cells["bias"] is None else cells["bias"][:, :, children],
                 cells["expandable"][:, :, children],
             ),
-            first=above,
+            first=_first_cell(state, level + 1, layout) + above,
             level=level + 1,
             layout=layout,
             rope_base=rope_base,
@@ -378,14 +409,24 @@ def _append_cells(cells: State, new: Cells) -> State:
     return appended
 
 
-def _levels(cells: list[State], cache: State | None, layout: Layout, groups: int) -> tuple[Level, ...]:
-    """Lay cells out by rows; with a cache, blocks outside of it may not be expanded."""
-    levels = []
-    expandable = cells[0]["expandable"]
-    if cache is not None:
-        expandable = expandable & (available_blocks(cache, expandable.shape[2]) >= 0).unsqueeze(1)
-    for level, fields in enumerate(cells):
-        if level > 0 and cache is not None:
+def _levels(state: State, merged: Summaries | None, layout: Layout, groups: int, *, bounded: bool) -> tuple[Level, ...]:
+    """Lay cells out by rows, merged ones before those of the uppermost level.
+
+    Args:
+        state: The state.
+        merged: Its merged cells, if there are any.
+        layout: Where cells lie.
+        groups: Key and value heads G.
+        bounded: Whether blocks outside of the cache may not be expanded.
+    """
+    levels, top = [], layout.tree_levels - 1
+    before = merged.num_cells if merged else 0
+    expandable = state["cells"][0]["expandable"]
+    if bounded:
+        first = _first_cell(state, 0, layout)
+        expandable = expandable & (available_blocks(state["cache"], first, expandable.shape[2]) >= 0).unsqueeze(1)
+    for level, fields in enumerate(state["cells"]):
+        if level > 0 and bounded:
             # Cells that are not complete are not visible.
             count = fields["log_mass"].shape[1] * layout.tree_factor
             expandable = expandable[:, :, :count].unflatten(2, (-1, layout.tree_factor)).any(dim=-1)
@@ -393,6 +434,32 @@ def _levels(cells: list[State], cache: State | None, layout: Layout, groups: int
             expandable = fields["expandable"]
         # Means are only needed to grow.
         known = Cells(**{**fields, "means": fields["keys"], "expandable": expandable})
-        multiple = layout.tree_factor if level + 1 < layout.tree_levels else 1
-        levels.append(level_of(known, groups, multiple, causal=True))
+        if level == top and merged is not None:
+            known = _before(merged, known)
+        multiple = layout.tree_factor if level < top else 1
+        first = before * layout.tree_factor ** (top - level) if level < top else 0
+        levels.append(level_of(known, groups, multiple, causal=True)._replace(first=first))
     return tuple(levels)
+
+
+def _before(merged: Summaries, cells: Cells) -> Cells:
+    """Return cells that may not be expanded, followed by others."""
+    nothing = torch.zeros_like(merged.keys)
+    bias, expandable = cells.bias, cells.expandable
+    assert expandable is not None
+    return Cells(
+        torch.cat([merged.keys, cells.means], dim=2),
+        torch.cat([merged.keys, cells.keys], dim=2),
+        torch.cat([merged.values, cells.values], dim=2),
+        torch.cat([merged.log_mass, cells.log_mass], dim=1),
+        torch.cat([nothing, cells.upper], dim=2),
+        torch.cat([nothing, cells.lower], dim=2),
+        None if bias is None else F.pad(bias, (merged.num_cells, 0)),
+        F.pad(expandable, (merged.num_cells, 0), value=False),
+    )
+
+
+def _first_cell(state: State, level: int, layout: Layout) -> int:
+    """Return the index of the first cell of a level that has not been merged."""
+    outgrown: int = state["outgrown"]
+    return outgrown * layout.tree_factor ** (layout.tree_levels - 1 - level)
