@@ -5,6 +5,7 @@ level above, the oldest cells of that level one of the next, and so on: the olde
 all. They stay in the softmax as summaries, and are never expanded.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -53,33 +54,37 @@ def merge_oldest(state: State, outside: int, reach: int, layout: Layout) -> Stat
     tree[-1]["means"] = _without(top["means"], count)
 
     merged: list[State] = []
-    for level in [*state["merged"], None]:
-        if leaving.num_cells > 0:
-            new = pool_cells(leaving, factor)
-            level = level or {"first": 0, **new.slice(0, 0)._asdict()}
-            cells = Summaries(
-                torch.cat([level["keys"].to(new.keys.dtype), new.keys], dim=2),
-                torch.cat([level["values"].to(new.values.dtype), new.values], dim=2),
-                torch.cat([level["log_mass"], new.log_mass], dim=1),
-            )
-            count = count_merged(level["first"] + cells.num_cells, 2 * factor, factor) - level["first"]
-            leaving, staying = cells.slice(0, count), cells.slice(count, cells.num_cells)
-            level = {"first": level["first"] + count, **{name: x.clone() for name, x in staying._asdict().items()}}
-        if level is not None:
-            merged.append(level)
+    known: Sequence[State | None] = [*state["merged"], None]
+    for old in known:
+        if leaving.num_cells == 0:
+            merged += [] if old is None else [old]
+            continue
+        new = pool_cells(leaving, factor)
+        old = {"first": 0, **new.slice(0, 0)._asdict()} if old is None else old
+        cells = Summaries(
+            torch.cat([old["keys"].to(new.keys.dtype), new.keys], dim=2),
+            torch.cat([old["values"].to(new.values.dtype), new.values], dim=2),
+            torch.cat([old["log_mass"], new.log_mass], dim=1),
+        )
+        count = count_merged(old["first"] + cells.num_cells, 2 * factor, factor) - old["first"]
+        leaving, staying = cells.slice(0, count), cells.slice(count, cells.num_cells)
+        merged.append({"first": old["first"] + count, **{name: x.clone() for name, x in staying._asdict().items()}})
     return {**state, "cells": tree, "merged": merged, "outgrown": outgrown}
 
 
 def merged_cells(merged: list[State], layout: Layout, rope_base: float | None) -> Summaries | None:
     """Return all merged cells, the oldest first, their keys rotated at their centres; ``None`` if there are none."""
-    levels = []
-    for above, cells in enumerate(merged):
-        keys = rotate_centres(cells["keys"], cells["first"], layout.tree_levels + above, layout, rope_base)
-        levels.append(Summaries(keys, cells["values"], cells["log_mass"]))
-    if not levels:
+    if not merged:
         return None
-    keys, values, masses = zip(*reversed(levels), strict=True)
-    return Summaries(torch.cat(keys, dim=2), torch.cat(values, dim=2), torch.cat(masses, dim=1))
+    rotated = [
+        rotate_centres(cells["keys"], cells["first"], layout.tree_levels + above, layout, rope_base)
+        for above, cells in enumerate(merged)
+    ]
+    return Summaries(
+        torch.cat(rotated[::-1], dim=2),
+        torch.cat([cells["values"] for cells in merged[::-1]], dim=2),
+        torch.cat([cells["log_mass"] for cells in merged[::-1]], dim=1),
+    )
 
 
 def _without(x: Any, count: int) -> Any:
