@@ -156,7 +156,7 @@ def test_the_interface_sends_what_is_counted_and_what_the_formulas_say(emulated_
             sent = max(results[rank][index][1] for rank in (2 * node, 2 * node + 1))
             assert counted > 25e6
             assert counted == pytest.approx(per_element * numel * steps, rel=0.03), compression
-            assert 0 <= sent - counted <= 0.03 * counted, f"{compression}: {sent} bytes, {counted} of payload"
+            assert 0 <= sent - counted <= 0.1 * counted, f"{compression}: {sent} bytes, {counted} of payload"
 
 
 @pytest.mark.parametrize("compression", [None, pytest.param("int8", marks=pytest.mark.slow)])
