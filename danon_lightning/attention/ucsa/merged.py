@@ -17,7 +17,7 @@ from danon_lightning.attention.pooling import pool_cells
 from danon_lightning.attention.ucsa.cells import rotate_centres
 from danon_lightning.attention.ucsa.layout import Layout
 
-__all__ = ["count_merged", "merge_oldest", "merged_cells"]
+__all__ = ["count_merged", "first_cell", "merge_oldest", "merged_cells"]
 
 
 def count_merged(cells: int, most: int, factor: int) -> int:
@@ -85,6 +85,12 @@ def merged_cells(merged: list[State], layout: Layout, rope_base: float | None) -
         torch.cat([cells["values"] for cells in merged[::-1]], dim=2),
         torch.cat([cells["log_mass"] for cells in merged[::-1]], dim=1),
     )
+
+
+def first_cell(state: State, level: int, layout: Layout) -> int:
+    """Return the index of the first cell of a level that has not been merged."""
+    outgrown: int = state["outgrown"]
+    return outgrown * layout.tree_factor ** (layout.tree_levels - 1 - level)
 
 
 def _without(x: Any, count: int) -> Any:

@@ -8,14 +8,13 @@ there cells are merged again and again, so that the state grows with the logarit
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from danon_lightning.attention.core import State
-from danon_lightning.attention.pooling import Cells as Summaries
 from danon_lightning.attention.rotary import apply_rotary, cell_positions
 from danon_lightning.attention.ucsa.arguments import check_tensors
 from danon_lightning.attention.ucsa.cache import (
@@ -26,11 +25,11 @@ from danon_lightning.attention.ucsa.cache import (
     extend_cache,
     record_selection,
 )
-from danon_lightning.attention.ucsa.cells import Cells, block_cells, parent_cells
 from danon_lightning.attention.ucsa.layout import Layout
-from danon_lightning.attention.ucsa.merged import merge_oldest, merged_cells
-from danon_lightning.attention.ucsa.sources import Level, Sources, level_of
+from danon_lightning.attention.ucsa.merged import first_cell, merge_oldest, merged_cells
+from danon_lightning.attention.ucsa.sources import Sources
 from danon_lightning.attention.ucsa.sparse import sparse_attention
+from danon_lightning.attention.ucsa.tree import grow_tree, lay_out_tree
 
 __all__ = ["CacheHits", "empty_state", "stream_chunk"]
 
@@ -241,7 +240,7 @@ def _step(
     first = max(0, layout.own_block(max(0, start - 1)) - layout.window_blocks)
     place = cell_positions(0, window["keys"].shape[2], 1, q.device) + (layout.num_sinks + first * size)
     window_keys = apply_rotary(window["keys"], place, rope_base)
-    state["cells"] = _grow(state, window_keys, first, layout, rope_base, error_tolerance, selection_bias)
+    state["cells"] = grow_tree(state, window_keys, first, layout, rope_base, error_tolerance, selection_bias)
     if reach is not None:
         outside = max(0, own - layout.window_blocks) // layout.tree_factor ** (layout.tree_levels - 1)
         state = merge_oldest(state, outside, reach, layout)
@@ -263,7 +262,7 @@ def _step(
                 *blocks,
                 first,
                 own_block=own,
-                first_block=_first_cell(state, 0, layout),
+                first_block=first_cell(state, 0, layout),
                 capacity=capacity,
                 eviction=eviction,
             )
@@ -272,9 +271,9 @@ def _step(
     # Merged cells take the places of the last that are no more.
     gone = (state["outgrown"] - (merged.num_cells if merged else 0)) * layout.tree_factor ** (layout.tree_levels - 1)
     is_bounded = max_cache_size is not None
-    levels = _levels(state, merged, layout, groups, bounded=is_bounded)
+    levels = lay_out_tree(state, merged, layout, groups, bounded=is_bounded)
     if is_bounded or gone:
-        count = _first_cell(state, 0, layout) + state["cells"][0]["log_mass"].shape[1] - gone
+        count = first_cell(state, 0, layout) + state["cells"][0]["log_mass"].shape[1] - gone
         slots = available_blocks(cache, gone, count).repeat_interleave(groups, dim=0)
 
     def hidden(x: Tensor) -> Tensor | None:
@@ -298,7 +297,7 @@ def _step(
     start -= gone * size
     attended = sparse_attention(query, sources, layout, start=start, dropout_p=dropout_p)
     if hits is not None and slots is not None:
-        everything = sources._replace(levels=_levels(state, merged, layout, groups, bounded=False))
+        everything = sources._replace(levels=lay_out_tree(state, merged, layout, groups, bounded=False))
         hits.count(sparse_attention(query, everything, layout, start=start).blocks, slots)
     if is_bounded:
         selected = torch.where(attended.blocks < 0, -1, attended.blocks + gone).unflatten(0, (batch, groups))
@@ -317,149 +316,3 @@ def _append(tokens: State, keys: Tensor, values: Tensor, real: Tensor) -> State:
         "values": torch.cat([tokens["values"].to(values.dtype), values], dim=2),
         "real": torch.cat([tokens["real"], real], dim=1),
     }
-
-
-def _grow(
-    state: State,
-    window_keys: Tensor,
-    first: int,
-    layout: Layout,
-    rope_base: float | None,
-    error_tolerance: float,
-    selection_bias: Callable[[Tensor], Tensor] | None,
-) -> list[State]:
-    """Return the cells, those that have become complete included.
-
-    Args:
-        state: The state, its window holding all tokens from block ``first`` on.
-        window_keys: The keys of the window, rotated.
-        first: Index of the first block in the window.
-        layout: Where cells lie.
-        rope_base: Base of the rotary embedding.
-        error_tolerance: As in ``stream_chunk``.
-        selection_bias: As in ``stream_chunk``.
-    """
-    levels: list[State] = list(state["cells"])
-    done = _first_cell(state, 0, layout) + levels[0]["log_mass"].shape[1]
-    total = max(0, state["position"] - layout.num_sinks) // layout.block_size
-    if total == done:
-        return levels
-    tokens = slice((done - first) * layout.block_size, (total - first) * layout.block_size)
-    window = state["window"]
-    new = block_cells(
-        window["keys"][:, :, tokens],
-        window_keys[:, :, tokens],
-        window["values"][:, :, tokens],
-        window["real"][:, tokens] if state["padded"] else None,
-        first=done,
-        layout=layout,
-        rope_base=rope_base,
-        error_tolerance=error_tolerance,
-        selection_bias=selection_bias,
-    )
-    for level in range(layout.tree_levels):
-        cells = _append_cells(levels[level], new)
-        above = levels[level + 1]["log_mass"].shape[1] if level + 1 < layout.tree_levels else 0
-        count, means = cells["log_mass"].shape[1], cells["means"]
-        parents = count // layout.tree_factor
-        # Means are only kept of cells that wait for their siblings: at the top, all of them do.
-        waiting = count - parents * layout.tree_factor if level + 1 < layout.tree_levels else count
-        cells["means"] = means[:, :, means.shape[2] - waiting :].clone()
-        levels[level] = cells
-        if level + 1 == layout.tree_levels or parents == above:
-            break
-        children = slice(above * layout.tree_factor, parents * layout.tree_factor)
-        new = parent_cells(
-            Cells(
-                means[:, :, : children.stop - children.start],
-                cells["keys"][:, :, children],
-                cells["values"][:, :, children],
-                cells["log_mass"][:, children],
-                cells["upper"][:, :, children],
-                cells["lower"][:, :, children],
-                None if cells["bias"] is None else cells["bias"][:, :, children],
-                cells["expandable"][:, :, children],
-            ),
-            first=_first_cell(state, level + 1, layout) + above,
-            level=level + 1,
-            layout=layout,
-            rope_base=rope_base,
-        )
-    return levels
-
-
-def _append_cells(cells: State, new: Cells) -> State:
-    """Return cells followed by others, in the dtype of the latter."""
-    batch, groups, count = new.keys.shape[:3]
-    expandable = torch.ones(1, 1, 1, dtype=torch.bool, device=new.keys.device)
-    if new.expandable is not None:
-        expandable = new.expandable
-    appended: State = {
-        name: torch.cat([cells[name].to(x.dtype), x], dim=2)
-        for name, x in new._asdict().items()
-        if name in ("means", "keys", "values", "upper", "lower")
-    }
-    log_mass = new.log_mass.expand(batch, -1)
-    appended["log_mass"] = torch.cat([cells["log_mass"].to(log_mass.dtype), log_mass], dim=1)
-    appended["expandable"] = torch.cat([cells["expandable"], expandable.expand(batch, groups, count)], dim=2)
-    bias: Any = new.bias
-    if bias is not None and cells["bias"] is not None:
-        bias = torch.cat([cells["bias"].to(bias.dtype), bias], dim=2)
-    appended["bias"] = bias
-    return appended
-
-
-def _levels(state: State, merged: Summaries | None, layout: Layout, groups: int, *, bounded: bool) -> tuple[Level, ...]:
-    """Lay cells out by rows, merged ones before those of the uppermost level.
-
-    Args:
-        state: The state.
-        merged: Its merged cells, if there are any.
-        layout: Where cells lie.
-        groups: Key and value heads G.
-        bounded: Whether blocks outside of the cache may not be expanded.
-    """
-    levels, top = [], layout.tree_levels - 1
-    before = merged.num_cells if merged else 0
-    expandable = state["cells"][0]["expandable"]
-    if bounded:
-        first = _first_cell(state, 0, layout)
-        expandable = expandable & (available_blocks(state["cache"], first, expandable.shape[2]) >= 0).unsqueeze(1)
-    for level, fields in enumerate(state["cells"]):
-        if level > 0 and bounded:
-            # Cells that are not complete are not visible.
-            count = fields["log_mass"].shape[1] * layout.tree_factor
-            expandable = expandable[:, :, :count].unflatten(2, (-1, layout.tree_factor)).any(dim=-1)
-        elif level > 0:
-            expandable = fields["expandable"]
-        # Means are only needed to grow.
-        known = Cells(**{**fields, "means": fields["keys"], "expandable": expandable})
-        if level == top and merged is not None:
-            known = _before(merged, known)
-        multiple = layout.tree_factor if level < top else 1
-        first = before * layout.tree_factor ** (top - level) if level < top else 0
-        levels.append(level_of(known, groups, multiple, causal=True)._replace(first=first))
-    return tuple(levels)
-
-
-def _before(merged: Summaries, cells: Cells) -> Cells:
-    """Return cells that may not be expanded, followed by others."""
-    nothing = torch.zeros_like(merged.keys)
-    bias, expandable = cells.bias, cells.expandable
-    assert expandable is not None
-    return Cells(
-        torch.cat([merged.keys, cells.means], dim=2),
-        torch.cat([merged.keys, cells.keys], dim=2),
-        torch.cat([merged.values, cells.values], dim=2),
-        torch.cat([merged.log_mass, cells.log_mass], dim=1),
-        torch.cat([nothing, cells.upper], dim=2),
-        torch.cat([nothing, cells.lower], dim=2),
-        None if bias is None else F.pad(bias, (merged.num_cells, 0)),
-        F.pad(expandable, (merged.num_cells, 0), value=False),
-    )
-
-
-def _first_cell(state: State, level: int, layout: Layout) -> int:
-    """Return the index of the first cell of a level that has not been merged."""
-    outgrown: int = state["outgrown"]
-    return outgrown * layout.tree_factor ** (layout.tree_levels - 1 - level)
