@@ -57,6 +57,9 @@ def test_temperature_and_prior_steer_the_gate():
     assert (same_parameters(prior={"dala": 1.0})[:, 1] > weights[:, 1]).all()
     odds = torch.logit(same_parameters(prior={"dala": 1.0})[:, 1]) - torch.logit(weights[:, 1])
     torch.testing.assert_close(odds, torch.ones_like(odds), rtol=0, atol=1e-4)
+    # Both are divided by the temperature.
+    both = torch.logit(same_parameters(prior={"dala": 1.0}, router_temperature=2.0)[:, 1])
+    torch.testing.assert_close(both, (torch.logit(weights[:, 1]) + 1) / 2, rtol=0, atol=1e-4)
 
 
 def test_layers_take_turns():
@@ -120,6 +123,26 @@ def test_the_monitor_counts_recomputed_passes_once():
     assert stats.passes == 1 and stats.computation_time == spent and stats.memory_usage == {"msra": 0, "dala": 0}
 
 
+def test_a_component_that_fails_leaves_nothing_behind():
+    model = build("super_hybrid", components="msra+dala", settings=SMALL)
+    dala = model.layers[0].core.components["dala"]
+
+    def broken(*args, **kwargs):
+        raise ArithmeticError("broken")
+
+    with model.performance_monitor() as stats:
+        forward, dala.forward = dala.forward, broken
+        with pytest.raises(ArithmeticError, match="broken"):
+            model(IDS)
+        dala.forward = forward
+        assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+        model(IDS)
+    assert stats.passes == 1
+    with model.performance_monitor() as alone:
+        model(IDS)
+    assert stats.memory_usage == alone.memory_usage
+
+
 def test_time_is_that_of_the_component():
     model = build("super_hybrid", components="msra+dala", settings=SMALL, num_layers=1)
     dala, forward = model.layers[0].core.components["dala"], model.layers[0].core.components["dala"].forward
@@ -144,6 +167,9 @@ def test_time_is_that_of_the_component():
         ({"components": "msra", "settings": {"dala": {}}}, "settings names dala, but components='msra' does not"),
         ({"components": "msra", "prior": {"dala": 1.0}}, "prior names dala, but components='msra' does not"),
         ({"components": "msra", "settings": {"msra": {"block_size": 0}}}, "block_size=0"),
+        ({"settings": {"msra": {"causal": False}}}, "settings gives msra causal=False, but components share it: set"),
+        ({"settings": {"msra": {"num_heads": 8}}}, "settings gives msra num_heads=8, but components share it"),
+        ({"settings": {"msra": {"blocks": 8}}}, "settings gives msra blocks=8, which it does not have: .*block_size"),
         ({"components": "msra", "router_temperature": 0.0}, "router_temperature=0.0 must be positive"),
         ({"components": "msra", "compression_ratio": 0.4}, "compression_ratio=0.4 must be one over an integer"),
         ({"components": "msra", "diversity_weight": -1.0}, "diversity_weight=-1.0 must not be negative"),

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -31,7 +31,8 @@ class SuperHybridConfig(AttentionConfig):
     Args:
         components: Names of registered variants, joined by ``+`` where they share a layer and by ``,`` from layer to
             layer: ``"msra+dala+ucsa"`` has all three in each layer, ``"msra,dala,ucsa"`` one of them in each, in turn.
-        settings: Settings of single components by their name, such as ``{"dala": {"memory_size": 64}}``.
+        settings: Settings of single components by their name, such as ``{"dala": {"memory_size": 64}}``; not those that
+            all variants share, which hold for the layer as a whole.
         num_levels: Levels of ``msra``.
         sparsity_factor: The setting of ``ucsa``; ``None`` for its default.
         compression_ratio: Length of a level of summaries of ``msra`` over the length of the one below, one over an
@@ -78,7 +79,20 @@ class SuperHybridConfig(AttentionConfig):
             if unknown := sorted(set(getattr(self, argument)) - used):
                 raise ValueError(f"{argument} names {', '.join(unknown)}, but components={self.components!r} does not")
         for name in sorted(used):
+            self._check_settings(name)
             self.component_config(name)
+
+    def _check_settings(self, name: str) -> None:
+        """Raise unless what is set for a component is its own to decide."""
+        shared, known = self.shared_settings(), [field.name for field in fields(get_variant(name).config_class)]
+        own = [key for key in known if key not in shared]
+        for key, value in self.settings.get(name, {}).items():
+            if key in shared:
+                raise ValueError(
+                    f"settings gives {name} {key}={value!r}, but components share it: set {key} of the hybrid itself"
+                )
+            if key not in own:
+                raise ValueError(f"settings gives {name} {key}={value!r}, which it does not have: {', '.join(own)}")
 
     @property
     def _by_layer(self) -> list[list[str]]:

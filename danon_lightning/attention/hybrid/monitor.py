@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,13 +70,17 @@ def monitoring(
             counter.__enter__()
         running[core] = (time.perf_counter(), counter)
 
-    def after_component(name: str, core: AttentionCore, args: tuple[Any, ...]) -> None:
+    def after_component(name: str, core: AttentionCore, args: tuple[Any, ...], output: Any) -> None:
         if core not in running:
             return
-        _wait(args[0].device)
         started, counter = running.pop(core)
         if counter is not None:
             counter.__exit__(None, None, None)
+        if output is None:
+            # It has failed: nothing to tell.
+            return
+        _wait(args[0].device)
+        if counter is not None:
             kept[name] = kept.get(name, 0) + counter.count
         else:
             kept.setdefault(name, 0)
@@ -87,14 +92,16 @@ def monitoring(
         def before_pass(*_: Any) -> None:
             nonlocal in_forward
             in_forward = True
+            kept.clear()
 
-        def after_pass(*_: Any) -> None:
+        def after_pass(model: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
             nonlocal in_forward
             in_forward = False
+            if output is None:
+                return
             stats.passes += 1
             for name, count in kept.items():
                 stats.memory_usage[name] = max(stats.memory_usage.get(name, 0), count)
-            kept.clear()
             for by_name, values in zip(components, observed, strict=True):
                 weights = values["component_weights"]
                 if weights is not None:
@@ -105,12 +112,11 @@ def monitoring(
         for by_name in components:
             for name, core in by_name.items():
                 stack.callback(core.register_forward_pre_hook(before, with_kwargs=True).remove)
-                hook = core.register_forward_hook(
-                    lambda core, args, _, name=name: after_component(name, core, args), always_call=False
-                )
+                # Also after an error, for else tensors would be counted, and kept, for ever.
+                hook = core.register_forward_hook(partial(after_component, name), always_call=True)
                 stack.callback(hook.remove)
         stack.callback(model.register_forward_pre_hook(before_pass).remove)
-        stack.callback(model.register_forward_hook(after_pass).remove)
+        stack.callback(model.register_forward_hook(after_pass, always_call=True).remove)
         yield stats
 
 

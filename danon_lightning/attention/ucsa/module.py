@@ -61,7 +61,7 @@ class UCSAConfig(AttentionConfig):
         cache_strategy: Which block goes when the cache is full: ``"lru"``, the one selected least recently; ``"fifo"``,
             the oldest; ``"lfu"``, the one selected least often.
         chunk_size: Tokens of a stream that are worked on at once.
-        compression_ratio: Length that ``compress_sequence`` keeps at most, as a share of the sequence.
+        compression_ratio: Length that ``compress_sequence`` keeps, as a share of the sequence.
 
     Raises:
         ValueError: If a setting is out of range or does not fit another one.
@@ -379,14 +379,13 @@ class UCSAModel(AttentionModel):
         """What compresses sequences.
 
         It is made when it is first asked for, and its parameters are none of the model's: the forward pass does not use
-        it, and its ``update_compression_params`` trains it. It is in evaluation mode: the ratio stays.
+        it, and its ``update_compression_params`` trains it. It is in evaluation mode.
         """
         ratio, weight = self.config.compression_ratio, self.token_embedding.weight
-        compression = DynamicCompression(self.config.hidden_size, min(0.1, ratio), ratio)
-        return compression.to(weight.device, weight.dtype).eval()
+        return DynamicCompression(self.config.hidden_size, ratio, ratio).to(weight.device, weight.dtype).eval()
 
     def compress_sequence(self, hidden_states: Tensor) -> CompressedSequence:
-        """Compress hidden states, or anything of their width, to at most ``compression_ratio`` of their length.
+        """Compress hidden states, or anything of their width, to ``compression_ratio`` of their length, rounded up.
 
         Args:
             hidden_states: ``[b, n, D]``.
