@@ -171,6 +171,20 @@ def test_all_arguments_of_parts_are_listed_with_their_defaults():
         assert name in page, f"components.md does not tell of {name}"
 
 
+@pytest.mark.parametrize("variant", ["msra", "dala", "ucsa", "infinite", "super_hybrid"])
+def test_pages_of_variants_and_the_page_of_benchmarks_tell_the_same_figures(variant):
+    """Each figure of a page is in a row, or a sentence, of the benchmarks that names the variant, or full attention."""
+    [table] = [
+        table for table in tables(f"attention/{variant}.md") if table[0] == ["", f"`{variant}`", "full attention"]
+    ]
+    text = (DOCS / "attention_benchmarks.md").read_text()
+    names = {1: f"`{variant}`", 2: r"full attention|`sdpa`"}
+    for column, name in names.items():
+        known = set(re.findall(r"\d+\.?\d*", " ".join(re.findall(rf"^.*(?:{name}).*$", text, flags=re.MULTILINE))))
+        told = [number for row in table[1:] for number in re.findall(r"\d+\.?\d*", row[column])]
+        assert told and set(told) <= known, sorted(set(told) - known)
+
+
 def test_the_details_and_methods_of_models_are_listed():
     from danon_lightning import attention
 
