@@ -1,5 +1,6 @@
 """The fast form of DALA's softmax against its definition."""
 
+import math
 import sys
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from danon_lightning.attention.dala.memory import memory_scores, select_memory
+from danon_lightning.attention.dala.memory import gumbel_noise, memory_scores, select_memory
 from danon_lightning.attention.dala.work import SoftmaxWork
 from danon_lightning.attention.functional import dala_attention, dala_attention_reference, full_attention
 from danon_lightning.attention.merging import MASKED
@@ -117,6 +118,7 @@ def test_blocked_form_at_other_sizes(block_size, memory_size, tokens_at_once):
         {"recency": -0.2},
         {"rope_base": None},
         {"memory_bias": None},
+        {"selection_bias": torch.linspace(2, -2, 43).sin().expand(BATCH, -1)},
         {"window_width": 3.0},
         {"window_width": torch.tensor(3.0, requires_grad=True)},
         {"window_width": torch.tensor([1.0, 2.0, 3.0, 400.0], dtype=torch.float64, requires_grad=True)},
@@ -128,6 +130,19 @@ def test_settings_mean_what_the_definition_says(settings, tokens_at_once):
     arguments = {**make_tensors(43), **SIZES, **settings, "key_padding_mask": make_mask("ragged", 43)}
     ours, theirs = (f(**arguments) for f in (dala_attention, dala_attention_reference))
     assert_same(arguments, ours, theirs)
+
+
+def test_noise_draws_tokens_in_proportion():
+    torch.manual_seed(0)
+    scores = torch.tensor([0.0, 0.3 * math.log(3.0), 0.0, -9.0]).expand(100_000, -1)
+    noise = gumbel_noise(scores, 0.3)
+    best = (scores + noise).topk(2).indices
+    shares = (best[:, :1] == torch.arange(4)).float().mean(dim=0)
+    torch.testing.assert_close(shares, torch.tensor([0.2, 0.6, 0.2, 0.0]), rtol=0, atol=0.01)
+    # The second is drawn of what is left.
+    after = (best[best[:, 0] == 0, 1:] == torch.arange(4)).float().mean(dim=0)
+    torch.testing.assert_close(after, torch.tensor([0.0, 0.75, 0.25, 0.0]), rtol=0, atol=0.01)
+    assert gumbel_noise(scores, 0.0) is None and noise.isfinite().all()
 
 
 def test_of_equally_important_tokens_the_latest_are_remembered():
@@ -270,6 +285,7 @@ def test_autocast_keeps_the_biases_in_float32():
         ({"window_width": torch.ones(4, 7)}, r"window_width has shape .4, 7.* \[4\] or \[4, 8\]"),
         ({"window_width": 0.0}, "window_width=0.0 must be positive"),
         ({"memory_bias": torch.zeros(2, 4, 30, 1)}, "memory_bias has shape"),
+        ({"selection_bias": torch.zeros(2, 4, 30)}, "selection_bias has shape .2, 4, 30.* must have shape .2, 30."),
         ({"key_padding_mask": torch.ones(2, 29, dtype=torch.bool)}, "key_padding_mask has shape"),
         ({"key_padding_mask": torch.ones(2, 30)}, "key_padding_mask has dtype"),
         ({"block_size": 0}, "block_size=0 must be an integer of at least 1"),

@@ -68,6 +68,18 @@ def test_at_first_the_memory_counts_by_its_logit():
     torch.testing.assert_close(odds[0], odds[1] * math.exp(-2.0))
 
 
+def test_in_training_the_memory_chooses_with_noise():
+    model = scramble(build("dala", num_layers=1, selection_noise=2.0)).train()
+    differs = (hidden(model) - hidden(model)).abs().amax(dim=(0, 2)) > 1e-6
+    # When more than M tokens have left the window.
+    assert not differs[:12].any() and differs[12:].any()
+    model.eval()
+    torch.testing.assert_close(hidden(model), hidden(model), rtol=0, atol=0)
+    quiet = build("dala", num_layers=1, selection_noise=0.0)
+    quiet.load_state_dict(model.state_dict())
+    torch.testing.assert_close(hidden(quiet.train()), hidden(model), rtol=0, atol=1e-6)
+
+
 def test_decay_rates_are_spread_over_the_heads():
     for rate in (0.9, 0.99):
         recurrent = build("dala", state_decay_rate=rate).layers[0].core.recurrent
@@ -229,6 +241,7 @@ def test_routes_add_up_to_the_output():
         ({"memory_size": -1}, "memory_size=-1 must be an integer of at least 1"),
         ({"importance_threshold": 1.5}, "importance_threshold=1.5 must lie between 0 and 1"),
         ({"recency": -1.0}, "recency=-1.0 must not be negative"),
+        ({"selection_noise": -1.0}, "selection_noise=-1.0 must not be negative"),
         ({"state_decay_rate": 1.0}, "state_decay_rate=1.0 must lie between 0 and 1"),
         ({"router_temperature": 0.0}, "router_temperature=0.0 must be positive"),
         ({"memory_logit": math.inf}, "memory_logit=inf must be finite"),

@@ -28,7 +28,7 @@ def make_tensors(dtype=torch.float64, length=LENGTH, block_size=BLOCK):
     return {name: x.to(dtype).requires_grad_() for name, x in tensors.items()}
 
 
-def stream(tensors, chunks, mask=None, between=lambda state: state, **settings):
+def stream(tensors, chunks, mask=None, between=lambda state: state, noise=None, **settings):
     settings = {**SIZES, **settings}
     k = tensors["k"]
     state, outputs, start = empty_state(BATCH, GROUPS, WIDTH, device=k.device, dtype=k.dtype), [], 0
@@ -42,6 +42,7 @@ def stream(tensors, chunks, mask=None, between=lambda state: state, **settings):
             distance_decay=tensors["distance_decay"],
             window_width=tensors["window_width"][:, blocks],
             memory_bias=tensors["memory_bias"][:, :, here],
+            selection_bias=None if noise is None else noise[:, here],
             key_padding_mask=None if mask is None else mask[:, here],
             **settings,
         )
@@ -81,6 +82,15 @@ def test_streaming_equals_parallel(settings, chunks):
         for ours, theirs in zip(*grads, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
         assert state["position"] == LENGTH
+
+
+@pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
+def test_noise_in_the_selection_is_that_of_the_token(chunks):
+    tensors, noise = make_tensors(), torch.randn(BATCH, LENGTH)
+    streamed, _ = stream(tensors, chunks, noise=noise)
+    parallel = dala_attention(**tensors, **SIZES, selection_bias=noise)
+    torch.testing.assert_close(streamed, parallel, rtol=0, atol=1e-10)
+    assert (streamed - stream(tensors, chunks)[0]).abs().max() > 1e-3
 
 
 def test_of_equally_important_tokens_the_same_are_remembered():

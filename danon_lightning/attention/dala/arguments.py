@@ -31,6 +31,7 @@ def check_tensors(
     distance_decay: Tensor,
     window_width: Tensor | float,
     memory_bias: Tensor | None,
+    selection_bias: Tensor | None,
     key_padding_mask: Tensor | None,
 ) -> None:
     """Raise ``ValueError`` unless the tensors fit each other.
@@ -44,6 +45,7 @@ def check_tensors(
         distance_decay: ``[H]``.
         window_width: A number or ``[]``, ``[H]`` or ``[H, blocks]``.
         memory_bias: ``[b, H, n]``.
+        selection_bias: ``[b, n]``.
         key_padding_mask: ``[b, n]``, boolean.
     """
     batch, heads, length, width = q.shape
@@ -55,6 +57,7 @@ def check_tensors(
         "log_importance": (log_importance, (batch, length)),
         "distance_decay": (distance_decay, (heads,)),
         "memory_bias": (memory_bias, (batch, heads, length)),
+        "selection_bias": (selection_bias, (batch, length)),
         "key_padding_mask": (key_padding_mask, (batch, length)),
     }
     check_shapes(expected, f"q has shape {list(q.shape)}")

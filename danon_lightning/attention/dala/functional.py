@@ -50,6 +50,7 @@ def dala_attention(
     importance_threshold: float = ...,
     recency: float = ...,
     memory_bias: Tensor | None = ...,
+    selection_bias: Tensor | None = ...,
     rope_base: float | None = ...,
     key_padding_mask: Tensor | None = ...,
     dropout_p: float = ...,
@@ -71,6 +72,7 @@ def dala_attention(
     importance_threshold: float = ...,
     recency: float = ...,
     memory_bias: Tensor | None = ...,
+    selection_bias: Tensor | None = ...,
     rope_base: float | None = ...,
     key_padding_mask: Tensor | None = ...,
     dropout_p: float = ...,
@@ -91,6 +93,7 @@ def dala_attention(
     importance_threshold: float = 0.0,
     recency: float = 1e-3,
     memory_bias: Tensor | None = None,
+    selection_bias: Tensor | None = None,
     rope_base: float | None = 10000.0,
     key_padding_mask: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -100,8 +103,8 @@ def dala_attention(
 
     Query i of block c = ⌊i/B⌋ sees the tokens j <= i of blocks c - 1 and c with the logit
     q·k/√d + ℓ_j - λ(i - j) - (i - j)²/(2w²), q and k rotated; and of the tokens before block c - 1 the M with the
-    largest ℓ_j + ρ·j, of equal ones the later, with the logit q·k/√d + ℓ_j + bias_i, q and k not rotated. The selection
-    has no gradient, ℓ has one through the logits.
+    largest ℓ_j + ρ·j + ε_j, of equal ones the later, with the logit q·k/√d + ℓ_j + bias_i, q and k not rotated. The
+    selection has no gradient, ℓ has one through the logits.
 
     Args:
         q: Queries ``[b, H, n, d]``, neither rotated nor scaled.
@@ -115,6 +118,7 @@ def dala_attention(
         importance_threshold: Tokens of less importance are not remembered; from 0 to 1.
         recency: ρ, what a position adds to the score of a token in the selection.
         memory_bias: Added to all logits of the memory ``[b, H, n]``; ``None`` means zero.
+        selection_bias: ε, added to the scores in the selection alone ``[b, n]``, such as noise; ``None`` means zero.
         rope_base: Base of the rotary embedding in the window; ``None`` means no rotation.
         key_padding_mask: True for real tokens ``[b, n]``, boolean; ``None`` means that all are.
         dropout_p: Probability of dropping an attention weight.
@@ -138,13 +142,16 @@ def dala_attention(
         distance_decay=distance_decay,
         window_width=window_width,
         memory_bias=memory_bias,
+        selection_bias=selection_bias,
         key_padding_mask=key_padding_mask,
     )
     dtype = torch.promote_types(q.dtype, torch.float32)
     importance = log_importance.to(dtype)
     if key_padding_mask is not None:
         importance = importance.masked_fill(~key_padding_mask, MASKED)
-    scores = memory_scores(importance, 0, importance_threshold=importance_threshold, recency=recency)
+    scores = memory_scores(
+        importance, 0, importance_threshold=importance_threshold, recency=recency, selection_bias=selection_bias
+    )
     memory_tokens = select_memory(scores, block_size, memory_size)
     coefficients = distance_coefficients(distance_decay, window_width, dtype)
 

@@ -1,7 +1,7 @@
 """Which tokens of the past the importance memory holds.
 
-A token's score is its log-importance plus a bonus that grows with its position. The score never changes, so that what
-has once dropped out of the best M never returns, and the memory can be kept block by block.
+A token's score is its log-importance plus a bonus that grows with its position, and noise if there is any. The score
+never changes, so that what has once dropped out of the best M never returns, and the memory can be kept block by block.
 """
 
 import torch
@@ -10,13 +10,20 @@ from torch import Tensor
 
 from danon_lightning.attention.merging import MASKED
 
-__all__ = ["add_to_tokens", "memory_scores", "select_memory", "take_tokens"]
+__all__ = ["add_to_tokens", "gumbel_noise", "memory_scores", "select_memory", "take_tokens"]
 
 # Blocks whose memories are selected at once: fewer steps after one another, against more candidates a step.
 BLOCKS_AT_ONCE = 8
 
 
-def memory_scores(log_importance: Tensor, first: int, *, importance_threshold: float, recency: float) -> Tensor:
+def memory_scores(
+    log_importance: Tensor,
+    first: int,
+    *,
+    importance_threshold: float,
+    recency: float,
+    selection_bias: Tensor | None = None,
+) -> Tensor:
     """Return how much each token deserves its place in the memory, detached.
 
     Args:
@@ -24,6 +31,7 @@ def memory_scores(log_importance: Tensor, first: int, *, importance_threshold: f
         first: Position of the first of the n tokens.
         importance_threshold: Least importance of a token that may be remembered.
         recency: What a position adds to the score.
+        selection_bias: Added to the scores ``[b, n]``; ``None`` means zero.
 
     Returns:
         Scores ``[b, n]``, minus infinity for what must not be remembered; float64 (float32 on devices without it), for
@@ -33,7 +41,27 @@ def memory_scores(log_importance: Tensor, first: int, *, importance_threshold: f
     importance = log_importance.detach().to(dtype)
     positions = torch.arange(first, first + importance.shape[-1], device=importance.device, dtype=dtype)
     eligible = (importance > MASKED / 2) & (importance.exp() >= importance_threshold)
-    return (importance + recency * positions).masked_fill(~eligible, float("-inf"))
+    scores = importance + recency * positions
+    if selection_bias is not None:
+        scores = scores + selection_bias.detach().to(dtype)
+    return scores.masked_fill(~eligible, float("-inf"))
+
+
+def gumbel_noise(like: Tensor, scale: float) -> Tensor | None:
+    """Return noise in the shape of a tensor, ``None`` for a scale of zero.
+
+    The M tokens with the best scores are then drawn one by one, each with a probability in proportion to
+    exp(score / scale).
+
+    Reference:
+        Kool, van Hoof & Welling 2019, "Stochastic Beams and Where to Find Them: The Gumbel-Top-k Trick for Sampling
+        Sequences Without Replacement", ICML 2019.
+    """
+    if scale == 0:
+        return None
+    tiny = torch.finfo(torch.float32).tiny
+    exponential = torch.empty(like.shape, dtype=torch.float32, device=like.device).exponential_()
+    return exponential.clamp_(min=tiny).log_().mul_(-scale)
 
 
 def select_memory(scores: Tensor, block_size: int, memory_size: int) -> Tensor:

@@ -15,6 +15,7 @@ from danon_lightning.attention.components.router import DynamicRouter
 from danon_lightning.attention.config import AttentionConfig
 from danon_lightning.attention.core import AttentionCore, State, observing
 from danon_lightning.attention.dala.functional import dala_attention
+from danon_lightning.attention.dala.memory import gumbel_noise
 from danon_lightning.attention.dala.streaming import empty_state, stream_chunk
 from danon_lightning.attention.layers import joint_linear, keep_in_graph
 from danon_lightning.attention.model import AttentionModel, AttentionModelOutput
@@ -46,6 +47,8 @@ class DALAConfig(AttentionConfig):
             those that wait.
         use_adaptive_router: Whether each token weighs memory and state for each head; otherwise both count as they are.
         router_temperature: Divides the logits of the router.
+        selection_noise: Scale of the Gumbel noise, in nats, on the scores by which the memory chooses in training. What
+            is not remembered has no gradient: with noise it is remembered at times, and can show that it is worth it.
         memory_logit: What the router adds to the logits of the memory at first, in nats. Hundreds of remembered tokens,
             none of which is worth reading yet, would else outweigh the window.
 
@@ -59,6 +62,7 @@ class DALAConfig(AttentionConfig):
     use_sparse_attention: bool = True
     importance_threshold: float = 0.0
     recency: float = 1e-3
+    selection_noise: float = 0.0
     use_recursive_state: bool = True
     state_decay_rate: float = 0.9
     state_update_frequency: int = 1
@@ -73,6 +77,7 @@ class DALAConfig(AttentionConfig):
             self._require_integer(name, minimum=1)
         self._require(0 <= self.importance_threshold <= 1, "importance_threshold", "must lie between 0 and 1")
         self._require(self.recency >= 0, "recency", "must not be negative: the memory would keep the oldest tokens")
+        self._require(self.selection_noise >= 0, "selection_noise", "must not be negative; 0 means none")
         self._require(0 < self.state_decay_rate < 1, "state_decay_rate", "must lie between 0 and 1")
         self._require(self.router_temperature > 0, "router_temperature", "must be positive")
         self._require(math.isfinite(self.memory_logit), "memory_logit", "must be finite")
@@ -175,7 +180,9 @@ class DALAAttention(AttentionCore):
             self._observe("router_logits", lambda: logits * temperature)
         memory_bias = logits[:, 0] if logits is not None and self.memory_size else None
         first = 0 if state is None else state["softmax"]["position"]
-        settings = self._settings(log_importance, first, key_padding_mask) | {"dropout_p": self.dropout_p}
+        settings = self._settings(log_importance, first, key_padding_mask)
+        noise = self.config.selection_noise if self.training else 0.0
+        settings |= {"dropout_p": self.dropout_p, "selection_bias": gumbel_noise(log_importance, noise)}
         new_state: State = {}
         if state is None:
             output = dala_attention(q, k, v, memory_size=self.memory_size, memory_bias=memory_bias, **settings)

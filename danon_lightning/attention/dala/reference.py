@@ -24,6 +24,7 @@ def dala_attention_reference(
     importance_threshold: float = 0.0,
     recency: float = 1e-3,
     memory_bias: Tensor | None = None,
+    selection_bias: Tensor | None = None,
     rope_base: float | None = 10000.0,
     key_padding_mask: Tensor | None = None,
 ) -> Tensor:
@@ -51,6 +52,8 @@ def dala_attention_reference(
     local, remembered = torch.zeros(2, batch, length, length, dtype=torch.bool)
     for row in range(batch):
         scores = [log_importance[row, j].item() + recency * j for j in range(length)]
+        if selection_bias is not None:
+            scores = [score + selection_bias[row, j].item() for j, score in enumerate(scores)]
         worthy = [real[row, j] and math.exp(log_importance[row, j].item()) >= importance_threshold for j in position]
         for i in range(length):
             start = max(0, (i // block_size - 1) * block_size)

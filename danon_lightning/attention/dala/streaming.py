@@ -30,8 +30,8 @@ def empty_state(batch_size: int, kv_heads: int, head_dim: int, *, device: torch.
 
     Returns:
         ``position``, the number of tokens seen; ``keys`` and ``values`` ``[b, G, m, d]`` and ``log_importance``
-        ``[b, m]`` of the tokens in the window; the same of the remembered ones, ``memory_...``, from the best on, with
-        their ``memory_scores``. Keys are not rotated; ``log_importance`` is ``MASKED`` for padding and empty places.
+        and ``scores`` ``[b, m]`` of the tokens in the window; the same of the remembered ones, ``memory_...``, from the
+        best on. Keys are not rotated; ``log_importance`` is ``MASKED`` for padding and empty places.
     """
     nothing = torch.empty(batch_size, kv_heads, 0, head_dim, device=device, dtype=dtype)
     no_importance = torch.empty(batch_size, 0, device=device, dtype=torch.promote_types(dtype, torch.float32))
@@ -41,6 +41,7 @@ def empty_state(batch_size: int, kv_heads: int, head_dim: int, *, device: torch.
         "keys": nothing,
         "values": nothing,
         "log_importance": no_importance,
+        "scores": no_scores,
         "memory_keys": nothing,
         "memory_values": nothing,
         "memory_log_importance": no_importance,
@@ -62,6 +63,7 @@ def stream_chunk(
     importance_threshold: float = 0.0,
     recency: float = 1e-3,
     memory_bias: Tensor | None = None,
+    selection_bias: Tensor | None = None,
     rope_base: float | None = 10000.0,
     key_padding_mask: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -85,6 +87,7 @@ def stream_chunk(
         importance_threshold: Tokens of less importance are not remembered.
         recency: What a position adds to the score of a token.
         memory_bias: ``[b, H, n]``.
+        selection_bias: ``[b, n]``.
         rope_base: Base of the rotary embedding; ``None`` means no rotation.
         key_padding_mask: True for real tokens ``[b, n]``, boolean.
         dropout_p: Probability of dropping an attention weight.
@@ -107,34 +110,39 @@ def stream_chunk(
         distance_decay=distance_decay,
         window_width=window_width,
         memory_bias=memory_bias,
+        selection_bias=selection_bias,
         key_padding_mask=key_padding_mask,
     )
     importance = log_importance.to(torch.promote_types(q.dtype, torch.float32))
     if key_padding_mask is not None:
         importance = importance.masked_fill(~key_padding_mask, MASKED)
+    scores = memory_scores(
+        importance, start, importance_threshold=importance_threshold, recency=recency, selection_bias=selection_bias
+    )
     coefficients = distance_coefficients(distance_decay, window_width, importance.dtype).expand(-1, blocks, -1)
     borders = [start, *range((first_block + 1) * block_size, stop, block_size), stop]
     sizes = [after - before for before, after in zip(borders, borders[1:], strict=False)]
     biases = [None] * blocks if memory_bias is None else memory_bias.split(sizes, dim=-1)
     outputs = []
-    for query, key, value, mass, slope, bias in zip(
+    for query, key, value, mass, score, slope, bias in zip(
         q.split(sizes, dim=-2),
         k.split(sizes, dim=-2),
         v.split(sizes, dim=-2),
         importance.split(sizes, dim=-1),
+        scores.split(sizes, dim=-1),
         coefficients.unbind(1),
         biases,
         strict=True,
     ):
-        state = _append(state, key, value, mass)
+        state = _append(state, key, value, mass, score)
         outputs.append(_attend(query, state, slope, bias, rope_base, dropout_p))
         if state["position"] % block_size == 0 and state["keys"].shape[-2] > block_size:
-            state = _remember(state, block_size, memory_size, importance_threshold, recency)
+            state = _remember(state, block_size, memory_size)
     # Copies, so that the state does not keep the chunk alive.
     return torch.cat(outputs, dim=2), {name: x.clone() if isinstance(x, Tensor) else x for name, x in state.items()}
 
 
-def _append(state: State, key: Tensor, value: Tensor, mass: Tensor) -> State:
+def _append(state: State, key: Tensor, value: Tensor, mass: Tensor, score: Tensor) -> State:
     """Return the state with tokens of the current block appended, in their dtype."""
     return {
         **state,
@@ -142,6 +150,7 @@ def _append(state: State, key: Tensor, value: Tensor, mass: Tensor) -> State:
         "keys": torch.cat([state["keys"].to(key.dtype), key], dim=-2),
         "values": torch.cat([state["values"].to(value.dtype), value], dim=-2),
         "log_importance": torch.cat([state["log_importance"].to(mass.dtype), mass], dim=-1),
+        "scores": torch.cat([state["scores"].to(score.dtype), score], dim=-1),
         "memory_keys": state["memory_keys"].to(key.dtype),
         "memory_values": state["memory_values"].to(value.dtype),
         "memory_log_importance": state["memory_log_importance"].to(mass.dtype),
@@ -180,17 +189,16 @@ def _attend(
     return output.masked_fill(~has_visible_keys(lse).unsqueeze(-1), 0.0)
 
 
-def _remember(state: State, block_size: int, memory_size: int, importance_threshold: float, recency: float) -> State:
+def _remember(state: State, block_size: int, memory_size: int) -> State:
     """Let the older of the two blocks in the window go, and remember the best of its tokens."""
-    first = state["position"] - 2 * block_size
     names = ("keys", "values", "log_importance")
     leaving = {name: _narrow(state[name], 0, block_size) for name in names}
-    scores = memory_scores(leaving["log_importance"], first, importance_threshold=importance_threshold, recency=recency)
+    scores = _narrow(state["scores"], 0, block_size)
     # The newest first and a stable order: of tokens with the same score the later ones are kept, as in the memory.
     scores = torch.cat([scores.flip(-1), state["memory_scores"].to(scores.dtype)], dim=-1)
     best, order = scores.sort(dim=-1, descending=True, stable=True)
     best, order = best[:, :memory_size], order[:, :memory_size]
-    new_state = {**state, "memory_scores": best}
+    new_state = {**state, "memory_scores": best, "scores": _narrow(state["scores"], block_size, block_size)}
     for name in names:
         axis = -1 if name == "log_importance" else -2
         candidates = torch.cat([leaving[name].flip(axis), state[f"memory_{name}"]], dim=axis)
