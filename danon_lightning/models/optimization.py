@@ -20,8 +20,9 @@ class OptimizerConfig:
     Args:
         name: "adamw"; "sgd"; or "onebit_adam", AdamW whose momentum can be compressed to one bit.
         learning_rate: Peak learning rate.
-        weight_decay: Decay of weight matrices, decoupled (but added to the gradient with "sgd"); embeddings, gains,
-            biases and other vectors are not decayed.
+        weight_decay: Decay of the weights of linear layers, decoupled (but added to the gradient with "sgd"); nothing
+            else is decayed, neither biases, gains and embeddings (nor a linear layer that shares its weight with one)
+            nor filters and maps that start as the identity.
         beta1: Decay of the mean of the gradient (not with "sgd").
         beta2: Decay of its mean square (not with "sgd").
         momentum: Momentum of "sgd".
@@ -64,15 +65,19 @@ class OptimizerConfig:
 
 
 def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """An optimizer over the parameters of ``module``, weight decay only where it belongs: matrices outside embeddings.
+    """An optimizer over the parameters of ``module``, weight decay only for the weights of its linear layers.
+
+    The module that a parameter belongs to decides, not its shape: that of a gain for each head, or of a map that is the
+    identity at first, is that of a matrix too, but zero is not where it should go without data.
 
     Reference:
         Loshchilov and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019 (arXiv:1711.05101).
     """
-    embeddings = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    linear = {id(m.weight) for m in module.modules() if isinstance(m, nn.Linear)}
+    linear -= {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
     parameters = [p for p in module.parameters() if p.requires_grad]
-    decayed = [p for p in parameters if p.dim() > 1 and id(p) not in embeddings]
-    rest = [p for p in parameters if p.dim() <= 1 or id(p) in embeddings]
+    decayed = [p for p in parameters if id(p) in linear]
+    rest = [p for p in parameters if id(p) not in linear]
     both = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     groups = [group for group in both if group["params"]]
     betas = (config.beta1, config.beta2)

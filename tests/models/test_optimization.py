@@ -1,18 +1,51 @@
+"""What is decayed, the schedule, and each optimizer."""
+
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
-from danon_lightning.models import OptimizerConfig
+from danon_lightning.attention import available_variants
+from danon_lightning.models import OptimizerConfig, SequenceClassifier
 from danon_lightning.models.optimization import build_optimizer, warmup_cosine
 from danon_lightning.optim import OneBitAdam
 
+sys.path.insert(0, str(Path(__file__).parent))
+from small_models import config_of, scrambled  # noqa: E402
 
-def test_only_matrices_outside_embeddings_are_decayed():
-    model = nn.ModuleDict({"e": nn.Embedding(5, 4), "l": nn.Linear(4, 3), "n": nn.LayerNorm(3)})
+
+class Map(nn.Linear):
+    """A linear layer of one's own, with a matrix that is none of its weights."""
+
+    def __init__(self):
+        super().__init__(4, 3)
+        self.gain = nn.Parameter(torch.ones(2, 3))
+
+
+def test_only_weights_of_linear_layers_are_decayed():
+    model = nn.ModuleDict({"e": nn.Embedding(5, 4), "l": Map(), "c": nn.Conv1d(3, 3, 2), "n": nn.LayerNorm(3)})
     optimizer = build_optimizer(model, OptimizerConfig(weight_decay=0.3))
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert len(decay) == len(list(model.parameters()))
     assert {name for name, p in model.named_parameters() if decay[id(p)] == 0.3} == {"l.weight"}
+
+
+@pytest.mark.parametrize("variant", available_variants())
+def test_without_gradients_only_weights_of_linear_layers_shrink(variant):
+    config = config_of(variant, max_sequence_length=64, learned_positions=True, type_vocab_size=2)
+    module = scrambled(SequenceClassifier(variant, 3, config))
+    optimizer = build_optimizer(module, OptimizerConfig(learning_rate=0.1))
+    before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    for parameter in module.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    for _ in range(20):
+        optimizer.step()
+    linear = [f"{name}.weight" for name, part in module.named_modules() if isinstance(part, nn.Linear)]
+    for name, parameter in module.named_parameters():
+        left = 0.99**20 if name in linear else 1.0  # 1 - learning rate times decay
+        torch.testing.assert_close(parameter.detach(), left * before[name], msg=name)
 
 
 def test_a_tied_embedding_is_not_decayed():
