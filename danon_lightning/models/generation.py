@@ -1,6 +1,7 @@
 """Sampling from a language model, symbol by symbol."""
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, MutableSequence, Sequence
 
 import torch
 from torch import Tensor
@@ -18,8 +19,8 @@ def sample_next(
 
     Args:
         logits: Float ``[b, vocabulary]``.
-        temperature: Divides the logits; 0 takes the most probable symbol.
-        top_k: Draw among the k most probable only; None for all.
+        temperature: Divides the logits; 0, or one too small for float32, takes the most probable symbol.
+        top_k: Draw among the k most probable only, of equal ones the first; None for all.
         top_p: Draw among the most probable only, as few as have this probability together (after ``top_k``); None for
             all.
         generator: Random state, on the device of ``logits``.
@@ -28,21 +29,25 @@ def sample_next(
         Long ``[b, 1]``.
 
     Raises:
-        ValueError: If ``temperature`` is negative, ``top_k`` less than 1 or ``top_p`` not in (0, 1].
+        ValueError: If ``temperature`` is negative or not finite, ``top_k`` no integer of at least 1 or ``top_p`` not in
+            (0, 1].
 
     Reference:
         Holtzman et al., "The Curious Case of Neural Text Degeneration", ICLR 2020 (arXiv:1904.09751).
     """
     _check_sampling(temperature, top_k, top_p)
-    if temperature == 0:
+    if temperature < torch.finfo(torch.float32).tiny:
         return logits.argmax(dim=-1, keepdim=True)
-    logits = logits.float() / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
-        least = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
+    logits = logits.float()
+    # With the largest at zero, what a small temperature makes of the others overflows to a probability of zero.
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+    if top_k is not None:
+        others = logits.argsort(dim=-1, descending=True, stable=True)[:, top_k:]
+        logits = logits.scatter(-1, others, -torch.inf)
     if top_p is not None and top_p < 1:
-        ordered, symbols = logits.softmax(dim=-1).sort(dim=-1, descending=True)
+        ordered, symbols = logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
         enough = ordered.cumsum(dim=-1) - ordered >= top_p
+        enough[:, 0] = False  # also where top_p is zero in float32
         logits = logits.masked_fill(torch.zeros_like(enough).scatter(-1, symbols, enough), -torch.inf)
     return torch.multinomial(logits.softmax(dim=-1), num_samples=1, generator=generator)
 
@@ -85,8 +90,8 @@ def continue_prompts(
         ValueError: At once, for a prompt or a stop without symbols or a value out of range.
     """
     _check_sampling(temperature, top_k, top_p)
-    if max_new_tokens is not None and max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must not be negative, or None to go on without end")
+    if max_new_tokens is not None:
+        check_count("max_new_tokens", max_new_tokens)
     for name, sequences in (("prompts", prompts), ("stop", stop)):
         empty = [index for index, sequence in enumerate(sequences) if not len(sequence)]
         if empty:
@@ -131,48 +136,77 @@ def continue_prompts(
     return steps()
 
 
+def append_symbols(steps: Iterable[Sequence[int | None]], rows: Sequence[MutableSequence[int]]) -> None:
+    """Append to each of ``rows`` what the ``steps`` of :func:`continue_prompts` make for it."""
+    for symbols in steps:
+        for row, symbol in zip(rows, symbols, strict=True):
+            if symbol is not None:
+                row.append(symbol)
+
+
 def generate(
     next_logits: Callable[[Tensor], Tensor],
-    prompt: Tensor,
+    prompts: Tensor,
     max_new_tokens: int,
     *,
+    real: Tensor | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    stop: Sequence[Sequence[int]] = (),
+    fill: int = 0,
     seed: int = 0,
 ) -> Tensor:
-    """Continue prompts of one length by the same number of symbols; the global random state is not touched.
+    """Continue prompts that lie side by side in a tensor; the global random state is not touched.
 
     Args:
         next_logits: See :func:`continue_prompts`.
-        prompt: Long ``[b, n]``, n at least 1.
-        max_new_tokens: Symbols to add.
+        prompts: Long ``[b, n]``.
+        max_new_tokens: Symbols to add to a row.
+        real: True for the symbols of the prompts ``[b, n]``, boolean; None: all are. The others are not read.
         temperature: See :func:`sample_next`.
         top_k: See :func:`sample_next`.
         top_p: See :func:`sample_next`.
+        stop: See :func:`continue_prompts`.
+        fill: What stands after the end of rows that end before others.
         seed: See :func:`continue_prompts`.
 
     Returns:
-        Long ``[b, n + max_new_tokens]``.
+        The prompts as they were given, and behind them what was made: ``[b, n + m]``, m ≤ ``max_new_tokens``.
+
+    Raises:
+        ValueError: As :func:`continue_prompts` does.
     """
+    check_count("max_new_tokens", max_new_tokens)
+    real = torch.ones_like(prompts, dtype=torch.bool) if real is None else real
     steps = continue_prompts(
         next_logits,
-        prompt.tolist(),
+        [row[kept].tolist() for row, kept in zip(prompts, real, strict=True)],
         max_new_tokens,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        stop=stop,
         seed=seed,
-        device=prompt.device,
+        device=prompts.device,
     )
-    columns = [torch.tensor(symbols, device=prompt.device).unsqueeze(1) for symbols in steps]
-    return torch.cat([prompt, *columns], dim=1)
+    made: list[list[int]] = [[] for _ in prompts]
+    append_symbols(steps, made)
+    longest = max(map(len, made))
+    filled = [row + [fill] * (longest - len(row)) for row in made]
+    return torch.cat([prompts, torch.tensor(filled, dtype=prompts.dtype, device=prompts.device)], dim=1)
+
+
+def check_count(argument: str, count: object) -> None:
+    """Raise a ValueError unless ``count``, given as ``argument``, is an integer of at least 0."""
+    if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+        raise ValueError(f"{argument}={count!r} must be an integer of at least 0; only streams go on without end")
 
 
 def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    if temperature < 0:
-        raise ValueError(f"temperature={temperature} must not be negative; 0 takes the most probable symbol")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k={top_k} must be at least 1, or None to draw among all symbols")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature={temperature} must be finite and not negative; 0 takes the most probable symbol")
+    if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1):
+        raise ValueError(f"top_k={top_k!r} must be an integer of at least 1, or None to draw among all symbols")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p} must lie in (0, 1], or be None to draw among all symbols")

@@ -1,6 +1,6 @@
-"""Text from a language model: at once, several together, or byte by byte without end."""
+"""What a language model writes: symbols; or text at once, several together, or byte by byte without end."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -8,15 +8,66 @@ import torch
 from torch import Tensor, nn
 
 from danon_lightning.attention import AttentionConfig, AttentionModel
-from danon_lightning.models.generation import continue_prompts
+from danon_lightning.models.generation import append_symbols, check_count, continue_prompts, generate
 
 
 class TextGeneration(pl.LightningModule):
-    """The part of a language model over bytes that makes text, from the streaming form of the model."""
+    """The part of a language model that writes, from the streaming form of the model: symbols, or bytes as text."""
 
     config: AttentionConfig
     model: AttentionModel
     head: nn.Linear
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int,
+        *,
+        attention_mask: Tensor | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop: int | Sequence[int] = (),
+        pad_token_id: int = 0,
+        seed: int = 0,
+    ) -> Tensor:
+        """Continue rows of symbols together, each as if it were alone (up to rounding).
+
+        Args:
+            input_ids: Long ``[b, n]``, below ``vocab_size``, neither zero.
+            max_new_tokens: Symbols to add to a row. They and the longest prompt together must fit
+                ``max_sequence_length``, unless the model streams without end.
+            attention_mask: 1 for the symbols of the prompts, 0 for padding on their left ``[b, n]``, boolean or
+                integer; None: no row has padding. Padding is not read, so a row goes on as it would without.
+            temperature: Divides the logits; 0 takes the most probable symbol.
+            top_k: Draw among the k most probable symbols only; None for all.
+            top_p: Draw among the most probable symbols only, as few as have this probability together; None for all.
+            stop: A symbol or several; a row ends with the first of them that the model has made.
+            pad_token_id: What stands behind rows that end before others.
+            seed: Of the draws of the first row; the others have the seeds after it. The global random state is not
+                touched.
+
+        Returns:
+            ``input_ids`` and what was made, ``[b, n + m]``; m is ``max_new_tokens``, or less where all rows end before.
+
+        Raises:
+            ValueError: For a value, shape or dtype that does not fit, or if the rows would be too long.
+        """
+        check_count("max_new_tokens", max_new_tokens)
+        real = _real_symbols(input_ids, attention_mask, self.config.vocab_size)
+        self._check_length(int(real.sum(dim=1).max()), max_new_tokens, "max_new_tokens", "symbols")
+        return generate(
+            self._reader(len(input_ids)),
+            input_ids,
+            max_new_tokens,
+            real=real,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            stop=[[symbol] for symbol in ([stop] if isinstance(stop, int) else stop)],
+            fill=pad_token_id,
+            seed=seed,
+        )
 
     def generate_text(
         self,
@@ -73,7 +124,14 @@ class TextGeneration(pl.LightningModule):
 
         The arguments are those of :meth:`generate_text`; the first text is continued with ``seed``, the second with
         ``seed + 1``, and so on. From the end of the shortest prompt on, prompts are read byte by byte.
+
+        Raises:
+            TypeError: If ``prompts`` is a single text.
+            ValueError: As :meth:`generate_text` does.
         """
+        if isinstance(prompts, str):
+            raise TypeError(f"prompts={prompts[:40]!r} is one text: put it in a list, ['…'], or use generate_text")
+        check_count("max_new_bytes", max_new_bytes)
         texts = [bytearray(prompt.encode()) for prompt in prompts]
         steps = self._continue(
             [bytes(text) for text in texts],
@@ -84,10 +142,7 @@ class TextGeneration(pl.LightningModule):
             stop=stop,
             seed=seed,
         )
-        for symbols in steps:
-            for text, symbol in zip(texts, symbols, strict=True):
-                if symbol is not None:
-                    text.append(symbol)
+        append_symbols(steps, texts)
         return [text.decode(errors="replace") for text in texts]
 
     def stream_text(
@@ -142,8 +197,19 @@ class TextGeneration(pl.LightningModule):
         **sampling: Any,
     ) -> Iterator[list[int | None]]:
         """Check what can be checked before the first byte, and return the steps of ``continue_prompts``."""
-        self._check_lengths(prompts, max_new_bytes)
-        state = self.model.init_state(batch_size=len(prompts))
+        self._check_prompts(prompts)
+        if max_new_bytes is not None:
+            check_count("max_new_bytes", max_new_bytes)
+        self._check_length(max(map(len, prompts)), max_new_bytes, "max_new_bytes", "bytes")
+        stops = [stop] if isinstance(stop, (str, bytes)) else stop
+        encoded = [ending.encode() if isinstance(ending, str) else ending for ending in stops]
+        return continue_prompts(
+            self._reader(len(prompts)), prompts, max_new_bytes, stop=encoded, device=self.device, **sampling
+        )
+
+    def _reader(self, batch_size: int) -> Callable[[Tensor], Tensor]:
+        """Return the ``next_logits`` of ``continue_prompts``, with a state of its own."""
+        state = self.model.init_state(batch_size)
 
         def next_logits(tokens: Tensor) -> Tensor:
             nonlocal state
@@ -158,11 +224,9 @@ class TextGeneration(pl.LightningModule):
             state = output.state
             return logits
 
-        stops = [stop] if isinstance(stop, (str, bytes)) else stop
-        encoded = [ending.encode() if isinstance(ending, str) else ending for ending in stops]
-        return continue_prompts(next_logits, prompts, max_new_bytes, stop=encoded, device=self.device, **sampling)
+        return next_logits
 
-    def _check_lengths(self, prompts: Sequence[bytes], max_new_bytes: int | None) -> None:
+    def _check_prompts(self, prompts: Sequence[bytes]) -> None:
         if not prompts:
             raise ValueError("prompts is empty: give at least one text to continue")
         if not all(prompts):
@@ -173,17 +237,40 @@ class TextGeneration(pl.LightningModule):
                 f"vocab_size={symbols} does not fit: text is made of bytes, below 256, and the prompt must be made of "
                 "symbols of the model"
             )
+
+    def _check_length(self, longest: int, new: int | None, argument: str, unit: str) -> None:
         if self.model.streams_without_end:
             return
-        longest, limit = max(map(len, prompts)), self.config.max_sequence_length
-        if max_new_bytes is None:
+        limit = self.config.max_sequence_length
+        if new is None:
             raise ValueError(
-                f"max_new_bytes=None: this model cannot go on beyond max_sequence_length={limit}; set max_new_bytes to "
+                f"{argument}=None: this model cannot go on beyond max_sequence_length={limit}; set {argument} to "
                 f"at most {limit - longest}, or build a model that streams without end, as with a fixed num_levels of "
                 "msra or a limited max_cache_size of ucsa"
             )
-        if longest + max_new_bytes > limit:
+        if longest + new > limit:
             raise ValueError(
-                f"a prompt of {longest} bytes and max_new_bytes={max_new_bytes} exceed "
+                f"a prompt of {longest} {unit} and {argument}={new} exceed "
                 f"max_sequence_length={limit}: shorten either, or train with a longer one"
             )
+
+
+def _real_symbols(input_ids: Tensor, attention_mask: Tensor | None, vocab_size: int) -> Tensor:
+    """Return which symbols are no padding ``[b, n]``, boolean, once all is checked; see ``TextGeneration.generate``."""
+    if input_ids.dim() != 2 or 0 in input_ids.shape or input_ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"input_ids has shape {list(input_ids.shape)} and dtype {input_ids.dtype}; it must be [batch, tokens], "
+            "neither zero, torch.int64 or torch.int32; one prompt is a batch too: input_ids[None]"
+        )
+    real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    if real.shape != input_ids.shape:
+        raise ValueError(f"attention_mask has shape {list(real.shape)}, but input_ids {list(input_ids.shape)}")
+    if not real[:, -1].all() or (real[:, :-1] & ~real[:, 1:]).any():
+        raise ValueError("attention_mask has zeros behind ones: prompts must be padded on the left, where they begin")
+    read = input_ids[real]
+    if read.min() < 0 or read.max() >= vocab_size:
+        raise ValueError(
+            f"input_ids lies in [{int(read.min())}, {int(read.max())}]; symbols of vocab_size={vocab_size} are "
+            f"0 … {vocab_size - 1}"
+        )
+    return real

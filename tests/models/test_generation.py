@@ -26,6 +26,22 @@ def test_top_k_leaves_the_rest_out():
     assert set(drawn.flatten().tolist()) == {1, 3}
 
 
+@pytest.mark.parametrize("top_k", [1, 2, 3, 4, 9])
+@pytest.mark.parametrize("logits", [[0.0, 1.0, 1.0, 1.0], [2.0, 2.0, 2.0, 2.0], [3.0, 1.0, 3.0, 1.0]])
+def test_top_k_leaves_exactly_k_of_equal_ones_the_first(logits, top_k):
+    drawn = sample_next(torch.tensor([logits]).expand(500, 4), temperature=9.0, top_k=top_k, generator=generator())
+    ranked = sorted(range(4), key=lambda symbol: -logits[symbol])  # a stable order
+    assert set(drawn.flatten().tolist()) == set(ranked[:top_k])
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-38, 1e-45, 5e-324])
+@pytest.mark.parametrize("left_out", [{"top_k": None}, {"top_k": 3}, {"top_k": None, "top_p": 0.9}])
+def test_tiny_temperatures_take_the_most_probable(temperature, left_out):
+    for dtype in (torch.float32, torch.float64):
+        logits = torch.tensor([[500.0, -80.0, 501.0, 499.0]], dtype=dtype).expand(50, 4)
+        assert (sample_next(logits, temperature=temperature, generator=generator(), **left_out) == 2).all()
+
+
 def test_the_prompt_is_fed_once_and_the_global_random_state_is_left_alone():
     seen = []
 
@@ -40,7 +56,17 @@ def test_the_prompt_is_fed_once_and_the_global_random_state_is_left_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize(("temperature", "top_k", "name"), [(-1, None, "temperature"), (1, 0, "top_k")])
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "name"),
+    [
+        (-1, None, "temperature=-1 must be finite and not negative"),
+        (float("nan"), None, "temperature=nan"),
+        (float("inf"), None, "temperature=inf"),
+        (1, 0, "top_k=0 must be an integer of at least 1"),
+        (1, 2.5, "top_k=2.5"),
+        (1, True, "top_k=True"),
+    ],
+)
 def test_values_out_of_range_are_named(temperature, top_k, name):
     with pytest.raises(ValueError, match=name):
         sample_next(LOGITS, temperature=temperature, top_k=top_k, generator=generator())
@@ -48,7 +74,15 @@ def test_values_out_of_range_are_named(temperature, top_k, name):
 
 def test_top_p_keeps_the_fewest_that_have_the_probability_together():
     probabilities = torch.tensor([[0.1, 0.4, 0.2, 0.3]]).expand(2000, 4)
-    cases = [(0.1, {1}), (0.39, {1}), (0.45, {1, 3}), (0.75, {1, 2, 3}), (0.95, {0, 1, 2, 3}), (1, {0, 1, 2, 3})]
+    cases = [
+        (1e-300, {1}),
+        (0.1, {1}),
+        (0.39, {1}),
+        (0.45, {1, 3}),
+        (0.75, {1, 2, 3}),
+        (0.95, {0, 1, 2, 3}),
+        (1, {0, 1, 2, 3}),
+    ]
     for top_p, left in cases:
         settings = {"temperature": 1.0, "top_k": None, "top_p": top_p, "generator": generator()}
         drawn = sample_next(probabilities.log(), **settings).flatten()
@@ -91,6 +125,17 @@ def test_rows_stop_and_stay_stopped():
     assert [row for [row] in steps] == [3, 4, 5, 6]
 
 
+def test_rows_that_end_early_are_filled_up():
+    real = torch.tensor([[False, False, True], [True, True, True]])
+    prompts = torch.tensor([[77, 77, 1], [5, 6, 7]], dtype=torch.int32)
+    out = generate(counting(), prompts, 4, real=real, temperature=0, stop=[[3]], fill=99)
+    assert out.tolist() == [[77, 77, 1, 2, 3, 99, 99], [5, 6, 7, 8, 9, 0, 1]]
+    assert out.dtype == torch.int32
+    assert torch.equal(generate(counting(), prompts, 0), prompts)
+    with pytest.raises(ValueError, match="max_new_tokens=None must be an integer of at least 0"):
+        generate(counting(), prompts, None)
+
+
 def test_streams_go_on_and_end_when_nobody_asks():
     calls = []
     steps = continue_prompts(counting(calls), [[0]], None, temperature=0)
@@ -117,7 +162,8 @@ def test_draws_of_a_row_do_not_depend_on_the_others():
         ({"prompts": []}, "prompts is empty"),
         ({"prompts": [[1], []]}, r"prompts\[1\] is empty"),
         ({"stop": [b"a", b""]}, r"stop\[1\] is empty"),
-        ({"max_new_tokens": -1}, "max_new_tokens=-1 must not be negative"),
+        ({"max_new_tokens": -1}, "max_new_tokens=-1 must be an integer of at least 0"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens=2.5 must be an integer"),
         ({"top_p": 0.0}, r"top_p=0.0 must lie in \(0, 1\]"),
         ({"top_p": 1.1}, "top_p=1.1"),
     ],

@@ -45,6 +45,70 @@ def test_a_stream_gives_the_same_bytes_as_they_are_made(variant):
     assert modes == {True}
 
 
+def left_padded(prompts):
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[255] * (longest - len(prompt)) + list(prompt.encode()) for prompt in prompts])
+    missing = torch.tensor([longest - len(prompt) for prompt in prompts])
+    return ids, (torch.arange(longest) >= missing[:, None]).long()
+
+
+@pytest.mark.parametrize("variant", available_variants())
+@pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 0.7, "top_k": 50, "top_p": 0.9, "seed": 5}])
+def test_symbols_are_those_of_the_texts(variant, sampling):
+    module, (ids, mask) = build(variant), left_padded(PROMPTS)
+    out = module.generate(ids, 20, attention_mask=mask, **sampling)
+    assert out.shape == (len(PROMPTS), ids.shape[1] + 20) and torch.equal(out[:, : ids.shape[1]], ids)
+    texts = [bytes(row[-20 - len(prompt) :].tolist()) for row, prompt in zip(out, PROMPTS, strict=True)]
+    assert [text.decode(errors="replace") for text in texts] == module.generate_texts(
+        PROMPTS, max_new_bytes=20, **sampling
+    )
+
+
+@pytest.mark.parametrize("variant", available_variants())
+def test_greedy_symbols_are_the_argmax_of_the_whole_sequence(variant):
+    module, ids = language_model(variant, max_sequence_length=96, vocab_size=300), torch.randint(0, 300, (3, 7))
+    out = module.generate(ids, 20, temperature=0)
+    assert torch.equal(module.eval()(out[:, :-1]).argmax(dim=-1)[:, 6:], out[:, 7:])
+    assert not torch.equal(module.generate(ids, 20, seed=1), out)
+
+
+def test_rows_of_symbols_end_after_a_stop():
+    module, ids = build("msra"), torch.tensor([[97, 98], [99, 100]])
+    whole = module.generate(ids, 30, seed=1)
+    stop = int(whole[0, 6])
+    ended = module.generate(ids, 30, seed=1, stop=stop, pad_token_id=7)
+    made = whole[0, 2:].tolist().index(stop) + 1
+    assert ended[0, : 2 + made].tolist() == whole[0, : 2 + made].tolist()
+    assert set(ended[0, 2 + made :].tolist()) <= {7}
+    assert torch.equal(ended, module.generate(ids, 30, seed=1, stop=[299, stop], pad_token_id=7))
+
+
+IDS = torch.tensor([[1, 2, 3]])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"input_ids": IDS[0]}, r"input_ids has shape \[3\] .* input_ids\[None\]"),
+        ({"input_ids": IDS[:, :0]}, r"input_ids has shape \[1, 0\]"),
+        ({"input_ids": IDS.float()}, "dtype torch.float32"),
+        ({"input_ids": IDS + 254}, r"input_ids lies in \[255, 257\]; symbols of vocab_size=256 are 0 … 255"),
+        ({"input_ids": -IDS}, r"input_ids lies in \[-3, -1\]"),
+        ({"attention_mask": IDS[:, :2]}, r"attention_mask has shape \[1, 2\], but input_ids \[1, 3\]"),
+        ({"attention_mask": torch.tensor([[1, 1, 0]])}, "attention_mask has zeros behind ones"),
+        ({"attention_mask": torch.tensor([[1, 0, 1]])}, "padded on the left"),
+        ({"attention_mask": torch.zeros(1, 3)}, "attention_mask has zeros"),
+        ({"max_new_tokens": 94}, "a prompt of 3 symbols and max_new_tokens=94 exceed max_sequence_length=96"),
+        ({"max_new_tokens": None}, "max_new_tokens=None must be an integer of at least 0"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens=2.5"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+    ],
+)
+def test_symbols_that_do_not_fit_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        build("full").generate(**{"input_ids": IDS, "max_new_tokens": 3, **arguments})
+
+
 @pytest.mark.parametrize("variant", available_variants())
 def test_texts_end_after_a_stop(variant):
     module = build(variant)
@@ -93,6 +157,12 @@ def test_bad_input_is_named():
     module = MSRALightning(ENDLESS)
     with pytest.raises(ValueError, match="prompts is empty"):
         module.generate_texts([])
+    with pytest.raises(TypeError, match=r"prompts='abc' is one text: put it in a list, .* or use generate_text"):
+        module.generate_texts("abc")
+    for count in (2.5, None, -1, True):
+        for write in (module.generate_text, module.stream_text)[: 1 if count is None else 2]:
+            with pytest.raises(ValueError, match=f"max_new_bytes={count} must be an integer of at least 0"):
+                write("a", max_new_bytes=count)
     with pytest.raises(ValueError, match="prompt='' is empty"):
         module.generate_texts(["a", ""])
     with pytest.raises(ValueError, match="top_p=2"):
