@@ -12,6 +12,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from typing_extensions import override
 
 from danon_lightning.attention import AttentionConfig, AttentionModel, get_variant
+from danon_lightning.models.diversity import check_diversity, less_diversity
 from danon_lightning.models.optimization import OptimizerConfig, optimizer_with_schedule
 from danon_lightning.models.settings import build_config
 
@@ -28,10 +29,12 @@ class SequenceClassifier(pl.LightningModule):
     A batch is a mapping with ``input_ids`` (long ``[b, n]``), ``labels`` (long ``[b]``) and, unless all tokens are
     real, ``attention_mask`` (1 for real ones ``[b, n]``); or a tuple of ids, mask and labels.
 
+    The ``diversity_weight`` of a hybrid counts as in :class:`SuperHybridLightning`, but padding does not.
+
     Keys logged:
         ``train/loss`` (nats), ``train/accuracy`` of each step on rank 0; ``val/loss``, ``val/accuracy`` (share of all
         sequences) and ``val/f1`` (mean over the classes) over the whole validation set of all ranks; ``test/…``
-        likewise.
+        likewise. With a ``diversity_weight`` also ``train/component_entropy`` (nats).
 
     Args:
         variant: Name of the attention variant, such as "msra"; see ``danon_lightning.attention.available_variants``.
@@ -41,7 +44,8 @@ class SequenceClassifier(pl.LightningModule):
         optimizer: How it is optimized, or its fields as a mapping.
 
     Raises:
-        ValueError: If the variant or a field is unknown or out of range.
+        ValueError: If the variant or a field is unknown or out of range, or if ``diversity_weight`` is set together
+            with what leaves no gradient to the weights; with a batch, also if a label is out of range.
     """
 
     def __init__(
@@ -56,6 +60,8 @@ class SequenceClassifier(pl.LightningModule):
         if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 2:
             raise ValueError(f"num_classes={num_classes!r} must be an integer of at least 2")
         self.config = build_config(get_variant(variant).config_class, config, "config")
+        check_diversity(self.config)
+        self.num_classes = num_classes
         self.optimizer_config = build_config(OptimizerConfig, optimizer, "optimizer")
         # Plain values only, so that checkpoints load with weights_only=True.
         self.save_hyperparameters(
@@ -83,24 +89,34 @@ class SequenceClassifier(pl.LightningModule):
 
     @override
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Logits ``[b, classes]`` of ``input_ids [b, n]``; those of a row without real tokens are of the bias alone."""
+        """Logits ``[b, classes]`` of ``input_ids [b, n]``; those of a row without real tokens are of the bias alone.
+
+        Args:
+            input_ids: Long ``[b, n]``.
+            attention_mask: 0 for padding, anything else for real tokens ``[b, n]``; None: all are real.
+        """
         hidden = self.model(input_ids, attention_mask, output_details=()).last_hidden_state
         if attention_mask is None:
             pooled = hidden.mean(dim=1)
         else:
             # Hidden states of padding are zero.
-            pooled = hidden.sum(dim=1) / attention_mask.sum(dim=1, keepdim=True).clamp_min(1).to(hidden.dtype)
+            tokens = attention_mask.bool().sum(dim=1, keepdim=True)
+            pooled = hidden.sum(dim=1) / tokens.clamp_min(1).to(hidden.dtype)
         logits: Tensor = self.head(pooled)
         return logits
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One batch."""
-        loss, logits, labels = self._evaluate(batch)
-        accuracy = (logits.argmax(dim=-1) == labels).float().mean()
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(labels))
-        self.log("train/accuracy", accuracy, prog_bar=True, batch_size=len(labels))
-        return loss
+
+        def step() -> Tensor:
+            loss, logits, labels = self._evaluate(batch)
+            accuracy = (logits.argmax(dim=-1) == labels).float().mean()
+            self.log("train/loss", loss, prog_bar=True, batch_size=len(labels))
+            self.log("train/accuracy", accuracy, prog_bar=True, batch_size=len(labels))
+            return loss
+
+        return less_diversity(self, self.model, step, real=_unpack(batch)[1])
 
     def reads_between_steps(self, trainer: pl.Trainer) -> bool:
         """Never looks at weights or gradients between the backward pass and the next forward pass."""
@@ -136,6 +152,12 @@ class SequenceClassifier(pl.LightningModule):
         input_ids, attention_mask, labels = _unpack(batch)
         if labels is None:
             raise ValueError("the batch has no labels: without them there is only predict")
+        # On an accelerator the look itself would wait for all that was queued, and cross_entropy stops the run there.
+        if labels.device.type == "cpu" and ((labels < 0) | (labels >= self.num_classes)).any():
+            raise ValueError(
+                f"labels lie in [{int(labels.min())}, {int(labels.max())}], but num_classes={self.num_classes} takes "
+                f"0 … {self.num_classes - 1}: number the classes from 0, or build the classifier with more"
+            )
         logits = self(input_ids, attention_mask)
         return F.cross_entropy(logits.float(), labels), logits, labels
 

@@ -1,9 +1,9 @@
 """Language modelling with each of the attention variants."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -20,8 +20,8 @@ from danon_lightning.attention import (
     SuperHybridModel,
     UCSAConfig,
     UCSAModel,
-    observing,
 )
+from danon_lightning.models.diversity import check_diversity, less_diversity
 from danon_lightning.models.language_model import LanguageModel
 from danon_lightning.models.optimization import OptimizerConfig
 
@@ -82,26 +82,12 @@ class SuperHybridLightning(LanguageModel):
     ) -> None:
         """See the class."""
         super().__init__(config, optimizer, chunk_length)
-        if self.config.diversity_weight and (chunk_length is not None or self.config.gradient_checkpointing):
-            raise ValueError(
-                f"diversity_weight={self.config.diversity_weight} needs the weights of the whole batch in the graph: "
-                "leave out chunk_length and gradient_checkpointing, or set it to 0"
-            )
+        check_diversity(self.config, chunk_length)
 
     @override
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """One batch ``[b, n + 1]``."""
-        if not self.config.diversity_weight:
-            return super().training_step(batch, batch_idx)
-        with observing([block.core for block in self.model.blocks()], ["component_weights"]) as observed:
-            loss = super().training_step(batch, batch_idx)
-        weights = [values["component_weights"] for values in observed]
-        entropies = [torch.special.entr(layer).sum(dim=1).mean() for layer in weights if layer is not None]
-        if len(entropies) < len(weights):
-            raise ValueError("diversity_weight needs all layers on one rank; set it to 0 in a pipeline")
-        entropy = torch.stack(entropies).mean()
-        self.log("train/component_entropy", entropy.detach())
-        return loss - self.config.diversity_weight * entropy
+        return less_diversity(self, self.model, partial(super().training_step, batch, batch_idx))
 
 
 class FullAttentionLightning(LanguageModel):

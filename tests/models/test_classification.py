@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from danon_lightning.attention import FullAttentionConfig, MSRAConfig, available_variants
+from danon_lightning.attention import FullAttentionConfig, MSRAConfig, available_variants, observing
 from danon_lightning.models import SequenceClassifier
 
 sys.path.insert(0, str(Path(__file__).parent))
-from small_models import config_of  # noqa: E402
+from small_models import config_of, scrambled  # noqa: E402
 
 SMALL = {"vocab_size": 20, "hidden_size": 32, "num_layers": 1, "max_sequence_length": 64}
 CLASSES = 3
@@ -91,6 +91,7 @@ def test_padding_changes_nothing(variant):
     torch.testing.assert_close(logits[1:], module(ids[1:, :11]), rtol=0, atol=1e-10)
     torch.testing.assert_close(logits[:1], module(ids[:1]), rtol=0, atol=1e-10)
     assert module(ids, torch.zeros_like(mask)).isfinite().all()
+    torch.testing.assert_close(module(ids, 2 * mask), logits, rtol=0, atol=0)
 
 
 def test_batches_have_two_forms():
@@ -106,6 +107,46 @@ def test_batches_have_two_forms():
         module.training_step({"ids": ids}, 0)
     with pytest.raises(ValueError, match="the batch has no labels"):
         module.training_step({"input_ids": ids}, 0)
+
+
+@pytest.mark.parametrize("labels", [[0, 3], [-1, 2], [-100, 0]])
+def test_labels_out_of_range_are_named(labels):
+    match = rf"labels lie in \[{min(labels)}, {max(labels)}\], but num_classes=3 takes 0 … 2"
+    for step in (build("full").training_step, build("full").validation_step):
+        with pytest.raises(ValueError, match=match):
+            step((torch.randint(0, 20, (2, 9)), None, torch.tensor(labels)), 0)
+
+
+def test_training_rewards_the_entropy_of_the_weights_without_padding():
+    batch = torch.utils.data.default_collate(examples(4, 0))
+    plain, diverse = (build("super_hybrid", diversity_weight=weight) for weight in (0.0, 0.5))
+    logged = {}
+    for module in (plain, diverse):
+        scrambled(module)
+        module.log = lambda name, value, **_: logged.update({name: value})
+    diverse.load_state_dict(plain.state_dict())
+    loss, rewarded = plain.training_step(batch, 0), diverse.training_step(batch, 0)
+    core, real = plain.model.layers[0].core, batch["attention_mask"].bool()
+    with observing([core], ["component_weights"]) as [observed]:
+        plain(batch["input_ids"], real)
+    entropy = torch.special.entr(observed["component_weights"]).sum(dim=1).movedim(1, -1)[real].mean()
+    torch.testing.assert_close(logged["train/component_entropy"], entropy)
+    torch.testing.assert_close(rewarded, loss - 0.5 * entropy)
+    torch.testing.assert_close(logged["train/loss"], loss)
+    [gained] = torch.autograd.grad(rewarded, diverse.model.layers[0].core.gate.weight)
+    [of_loss] = torch.autograd.grad(loss, core.gate.weight, retain_graph=True)
+    [of_entropy] = torch.autograd.grad(entropy, core.gate.weight)
+    torch.testing.assert_close(gained, of_loss - 0.5 * of_entropy)
+    with pytest.raises(ValueError, match="diversity_weight=0.5 needs the weights of the whole batch"):
+        build("super_hybrid", diversity_weight=0.5, gradient_checkpointing=True)
+
+
+def test_what_follows_the_course_of_training_moves_on():
+    module = build("ucsa", error_compensation=1.0)
+    trainer(max_steps=3).fit(module, DataLoader(examples(24, 0), batch_size=8))
+    core = module.model.layers[0].core
+    assert core.training_step == 3
+    assert core.error_mean != 0.5 and core.error_variance > 0
 
 
 @pytest.mark.parametrize("variant", available_variants())
