@@ -26,7 +26,7 @@ class LanguageModel(TextGeneration):
 
     Keys logged:
         ``train/loss`` (nats), ``train/bits_per_byte`` of each step on rank 0; ``val/loss``, ``val/bits_per_byte`` over
-        the whole validation set of all ranks.
+        the whole validation set of all ranks; ``test/…`` likewise.
 
     Args:
         config: The model's config, or its fields as a mapping.
@@ -79,6 +79,7 @@ class LanguageModel(TextGeneration):
         self.head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
         nn.init.normal_(self.head.weight, std=self.config.initializer_range)
         self.val_bits_per_byte = BitsPerByte()
+        self.test_bits_per_byte = BitsPerByte()
 
     @override
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -131,15 +132,23 @@ class LanguageModel(TextGeneration):
     @override
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """One batch ``[b, n + 1]``."""
-        loss = self.loss(batch)
-        self.val_bits_per_byte.update(loss, batch[:, 1:].numel())
-        self.log("val/loss", loss, batch_size=len(batch), sync_dist=True)
-        self.log("val/bits_per_byte", self.val_bits_per_byte, prog_bar=True)
+        self._measure(batch, "val", self.val_bits_per_byte)
+
+    @override
+    def test_step(self, batch: Tensor, batch_idx: int) -> None:
+        """One batch ``[b, n + 1]``."""
+        self._measure(batch, "test", self.test_bits_per_byte)
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The chosen optimizer, warm-up and cosine over the steps of the run."""
         return optimizer_with_schedule(self, self.optimizer_config, self.trainer.estimated_stepping_batches)
+
+    def _measure(self, batch: Tensor, stage: str, bits_per_byte: BitsPerByte) -> None:
+        loss = self.loss(batch)
+        bits_per_byte.update(loss, batch[:, 1:].numel())
+        self.log(f"{stage}/loss", loss, batch_size=len(batch), sync_dist=True)
+        self.log(f"{stage}/bits_per_byte", bits_per_byte, prog_bar=True)
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:

@@ -133,14 +133,36 @@ def test_weights_of_components_are_kept_diverse():
         entropies[weight] = sum(torch.special.entr(layer).sum(dim=1).mean().item() for layer in weights) / 2
     assert entropies[1.0] > entropies[0.0] + 0.1
     assert trainer.callback_metrics["train/component_entropy"] == pytest.approx(entropies[1.0], abs=0.2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "chunk_length"),
+    [({}, 8), ({"gradient_checkpointing": True}, None), ({"memory_efficient": True}, None)],
+)
+def test_diversity_needs_the_weights_in_the_graph(settings, chunk_length):
     with pytest.raises(ValueError, match="diversity_weight=1.0 needs the weights of the whole batch"):
-        SuperHybridLightning({**SMALL, "settings": PARTS, "diversity_weight": 1.0}, chunk_length=8)
+        SuperHybridLightning({**SMALL, "diversity_weight": 1.0, **settings}, chunk_length=chunk_length)
 
 
-def test_the_schedule_of_sparsity_follows_the_steps():
-    config = {**SMALL, **PARTS["ucsa"], "sparsity_factor": 0.5, "sparsity_decay": 0.5, "max_selected_blocks": 8}
-    module = build(UCSALightning, {**config, "error_compensation": 1.0})
-    core = module.model.layers[0].core
+def test_the_test_measures_as_the_validation_does():
+    module, data, trainer = build(*MODELS[-1]), text_loader(), quiet_trainer()
+    [validated] = trainer.validate(module, data, verbose=False)
+    [tested] = trainer.test(module, data, verbose=False)
+    assert set(tested) == {"test/loss", "test/bits_per_byte"}
+    assert {name.replace("val/", "test/"): value for name, value in validated.items()} == tested
+
+
+@pytest.mark.parametrize("hybrid", [False, True])
+def test_the_schedule_of_sparsity_follows_the_steps(hybrid):
+    settings = {**PARTS["ucsa"], "sparsity_factor": 0.5, "sparsity_decay": 0.5, "max_selected_blocks": 8}
+    settings["error_compensation"] = 1.0
+    if hybrid:
+        parts = {"components": "msra+ucsa", "settings": {"msra": PARTS["msra"], "ucsa": settings}}
+        module = build(SuperHybridLightning, {**SMALL, **parts})
+        core = module.model.layers[0].core.by_name()["ucsa"]
+    else:
+        module = build(UCSALightning, {**SMALL, **settings})
+        core = module.model.layers[0].core
     assert core.config.num_selected(0) == 8 and core.config.num_selected(3) == 2
     quiet_trainer(max_steps=3).fit(module, text_loader(length=65))
     assert core.training_step == 3
