@@ -1,5 +1,6 @@
 """Shows in the logs what a language model would write."""
 
+import math
 from typing import Any, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
@@ -51,12 +52,14 @@ class TextSampler(pl.Callback):
         """See the class."""
         if not prompt:
             raise ValueError("prompt='' is empty: give the model at least one byte to continue")
-        if max_new_bytes < 1:
-            raise ValueError(f"max_new_bytes={max_new_bytes} must be at least 1")
-        if temperature < 0:
-            raise ValueError(f"temperature={temperature} must not be negative; 0 takes the most probable byte")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k={top_k} must be at least 1, or None to draw among all bytes")
+        if not isinstance(max_new_bytes, int) or max_new_bytes < 1:
+            raise ValueError(f"max_new_bytes={max_new_bytes!r} must be an integer of at least 1")
+        if not 0 <= temperature < math.inf:
+            raise ValueError(
+                f"temperature={temperature} must be finite and not negative; 0 takes the most probable byte"
+            )
+        if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+            raise ValueError(f"top_k={top_k!r} must be an integer of at least 1, or None to draw among all bytes")
         self.prompt = prompt
         self.max_new_bytes = max_new_bytes
         self.temperature = temperature

@@ -61,7 +61,15 @@ def test_a_sampler_needs_a_module_that_generates(tmp_path):
         fit(tmp_path, max_epochs=1, callbacks=[TextSampler()])
 
 
-@pytest.mark.parametrize(("name", "value"), [("prompt", ""), ("max_new_bytes", 0), ("temperature", -1.0), ("top_k", 0)])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("prompt", ""),
+        *[("max_new_bytes", wrong) for wrong in (0, 2.5)],
+        *[("temperature", wrong) for wrong in (-1.0, float("nan"), float("inf"))],
+        *[("top_k", wrong) for wrong in (0, 1.5)],
+    ],
+)
 def test_a_sampler_checks_its_arguments(name, value):
     with pytest.raises(ValueError, match=name):
         TextSampler(**{name: value})
