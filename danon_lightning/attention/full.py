@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from danon_lightning.attention.checks import check_dtypes, check_heads, check_mask, check_queries, check_shapes
 from danon_lightning.attention.config import AttentionConfig
 from danon_lightning.attention.core import AttentionCore, State
 from danon_lightning.attention.model import AttentionModel
@@ -44,7 +45,11 @@ def full_attention(
 
     Returns:
         ``[b, H, n, d]``; rows that see no real token are zero.
+
+    Raises:
+        ValueError: If shapes or dtypes do not fit each other.
     """
+    _check(q, k, v, causal, key_padding_mask)
     queries, keys = q.shape[-2], k.shape[-2]
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
@@ -64,6 +69,28 @@ def full_attention(
     # A softmax over nothing is NaN in some kernels: let blind rows see everything, and drop what they find.
     output = F.scaled_dot_product_attention(q, k, v, attn_mask=visible | blind, dropout_p=dropout_p, scale=scale)
     return output.masked_fill(blind, 0.0)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, key_padding_mask: Tensor | None) -> None:
+    """Raise unless the arguments fit each other."""
+    check_queries(q)
+    check_heads(q, k)
+    batch, _, queries, width = q.shape
+    groups, keys, least = k.shape[1], k.shape[2], queries if causal else 1
+    if keys < least:
+        raise ValueError(
+            f"k has shape {list(k.shape)}, but q has shape {list(q.shape)}; k must have at least {least} tokens"
+            + (", for causal queries are the last of them" if causal else "")
+        )
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+        "k": (k, (batch, groups, keys, width)),
+        "v": (v, (batch, groups, keys, v.shape[-1])),
+        "key_padding_mask": (key_padding_mask, (batch, keys)),
+    }
+    check_shapes(expected, f"q has shape {list(q.shape)} and k {list(k.shape)}")
+    check_mask(key_padding_mask)
+    if not torch.is_autocast_enabled(q.device.type):  # It makes them equal.
+        check_dtypes(q, k, v)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -150,6 +150,27 @@ def test_full_attention_equals_its_definition(causal, masked, queries):
     assert all(grad.isfinite().all() for grad in torch.autograd.grad(output.sum(), (q, k, v)))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.zeros(2, 4, 0, 6)}, r"q has shape \[2, 4, 0, 6\]"),
+        ({"k": torch.zeros(2, 3, 7, 6)}, r"k has shape \[2, 3, 7, 6\], but q has shape .* that divides"),
+        ({"k": torch.zeros(2, 2, 7, 5)}, r"k has shape \[2, 2, 7, 5\], but q has shape .* shape \[2, 2, 7, 6\]"),
+        ({"k": torch.zeros(2, 2, 3, 6)}, "k must have at least 4 tokens, for causal queries are the last of them"),
+        ({"k": torch.zeros(2, 2, 0, 6), "causal": False}, "k must have at least 1 tokens"),
+        ({"v": torch.zeros(2, 2, 5, 6)}, r"v has shape \[2, 2, 5, 6\], but .* k \[2, 2, 7, 6\]; v must have shape"),
+        ({"v": torch.zeros(2, 2, 7, 6).double()}, "v has dtype torch.float64, but q has dtype torch.float32"),
+        ({"k": torch.zeros(2, 2, 7, 6).bfloat16()}, "k has dtype torch.bfloat16, but q has dtype torch.float32"),
+        ({"key_padding_mask": torch.ones(1, 7).bool()}, r"mask has shape \[1, 7\], but .* must have shape \[2, 7\]"),
+        ({"key_padding_mask": torch.ones(2, 7)}, "key_padding_mask has dtype torch.float32; it must be torch.bool"),
+    ],
+)
+def test_full_attention_names_the_argument(change, message):
+    tensors = {"q": torch.zeros(2, 4, 4, 6), "k": torch.zeros(2, 2, 7, 6), "v": torch.zeros(2, 2, 7, 6)}
+    with pytest.raises(ValueError, match=message):
+        full_attention(**{**tensors, **change})
+
+
 def test_kept_tensors_receive_zero_gradients():
     x, unused = double(3), double(2)
     kept = keep_in_graph(x, unused)

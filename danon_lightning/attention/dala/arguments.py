@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from danon_lightning.attention.checks import check_heads, check_mask, check_queries, check_shapes
+from danon_lightning.attention.checks import check_dtypes, check_heads, check_mask, check_queries, check_shapes
 
 __all__ = ["check_settings", "check_tensors"]
 
@@ -70,3 +70,4 @@ def check_tensors(
     elif not window_width > 0:
         raise ValueError(f"window_width={window_width} must be positive; use a large one for no falling off")
     check_mask(key_padding_mask)
+    check_dtypes(q, k, v)

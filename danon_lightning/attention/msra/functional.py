@@ -12,7 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from danon_lightning.attention.checks import check_heads, check_mask, check_queries, check_shapes
+from danon_lightning.attention.checks import (
+    check_dtypes,
+    check_heads,
+    check_mask,
+    check_queries,
+    check_rotation,
+    check_shapes,
+)
 from danon_lightning.attention.full import full_attention
 from danon_lightning.attention.joint import Joint, KeySet, joint_attention
 from danon_lightning.attention.merging import MASKED, AttentionPart
@@ -135,10 +142,12 @@ def msra_attention(
         also an ``MSRAStats``.
 
     Raises:
-        ValueError: If shapes do not fit each other or a setting is out of range.
+        ValueError: If shapes or dtypes do not fit each other or a setting is out of range.
     """
+    check_queries(q)
+    check_rotation(q, rope_base)
     geometry = Geometry.resolve(block_size, pool_factor, num_levels, q.shape[-2])
-    _check_shapes(q, k, v, geometry, level_bias, pool_query, key_maps, value_maps, key_padding_mask)
+    _check_tensors(q, k, v, geometry, level_bias, pool_query, key_maps, value_maps, key_padding_mask)
     batch, heads, length, width = q.shape
     if length <= 2 * block_size and feature_fusion == "adaptive" and not return_stats:
         # Two blocks see each other token by token: this is full attention, for which there are faster kernels.
@@ -299,7 +308,7 @@ class _Work(PieceWork):
         return KeySet(query.unflatten(2, (count, -1)), key, value, masses.masked_fill(~visible, MASKED), preference)
 
 
-def _check_shapes(
+def _check_tensors(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -310,8 +319,7 @@ def _check_shapes(
     value_maps: Tensor | None,
     key_padding_mask: Tensor | None,
 ) -> None:
-    """Raise unless the shapes fit each other."""
-    check_queries(q)
+    """Raise unless the tensors fit each other."""
     batch, heads, length, width = q.shape
     check_heads(q, k)
     groups, value_width = k.shape[1], v.shape[-1]
@@ -327,3 +335,4 @@ def _check_shapes(
     }
     check_shapes(expected, f"q has shape {list(q.shape)} and there are {geometry.num_levels} levels")
     check_mask(key_padding_mask)
+    check_dtypes(q, k, v)
