@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from danon_lightning.attention.components.importance import ImportanceNetwork
 from danon_lightning.attention.components.recurrent import RecurrentState
 from danon_lightning.attention.components.router import DynamicRouter
 from danon_lightning.attention.core import observing
-from danon_lightning.attention.functional import gated_delta_rule_reference
+from danon_lightning.attention.functional import dala_attention, gated_delta_rule_reference
 
 sys.path.insert(0, str(Path(__file__).parent))
 from variants import build, make_config, scramble  # noqa: E402
@@ -144,6 +145,57 @@ def test_a_group_enters_the_state_when_it_is_whole():
         query = q[:, :, [position] * entered]
         expected = every(x[:, :entered], query, k[:, :, :entered], v[:, :, :entered])[0][:, :, -1]
         torch.testing.assert_close(late[:, :, position], expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(2, 0, 6)}, r"x has shape \[2, 0, 6\]; it must be \[batch, tokens, 6\], none of them zero"),
+        ({"x": torch.zeros(2, 5, 7)}, r"x has shape \[2, 5, 7\]; it must be \[batch, tokens, 6\]"),
+        ({"q": torch.zeros(2, 4, 4, 3)}, r"q has shape \[2, 4, 4, 3\], but x has shape \[2, 5, 6\] .* \[2, 4, 5, 3\]"),
+        ({"k": torch.zeros(2, 3, 5, 3)}, r"k has shape \[2, 3, 5, 3\], but q has shape \[2, 4, 5, 3\]"),
+        ({"v": torch.zeros(2, 2, 4, 3)}, r"v has shape \[2, 2, 4, 3\], but x has shape .* \[2, 2, 5, 3\]"),
+        ({"weight": torch.zeros(2, 5)}, r"weight has shape \[2, 5\], but x has shape .* \[2, 4, 5\]"),
+        ({"gates": [torch.zeros(2, 5, 1)] * 2}, r"gates\[0\] has shape \[2, 5, 1\], but x has shape .* \[2, 5, 4\]"),
+        ({"key_padding_mask": torch.ones(1, 5).bool()}, r"mask has shape \[1, 5\], but x has shape .* \[2, 5\]"),
+        ({"key_padding_mask": torch.ones(2, 5)}, "key_padding_mask has dtype torch.float32"),
+        ({"state": {}}, r"state holds tensors .*'rates': None.* start from init_state\(2, 2, …\)"),
+        ({"state": (3, 4, 1)}, r"'matrix': \(3, 4, 3, 3\).*, but 2 sequences, 2 key heads .* \(2, 4, 3, 3\)"),
+        ({"state": (2, 4, 9)}, r"'rates': \(2, 4, 5\).* update_frequency=1 need .* \(2, 4, 0\)"),
+    ],
+)
+def test_recurrent_states_name_what_does_not_fit(change, message):
+    arguments = {name: torch.zeros(2, heads, 5, 3) for name, heads in (("q", 4), ("k", 2), ("v", 2))}
+    arguments |= {"x": torch.zeros(2, 5, 6)} | change
+    if isinstance(change.get("state"), tuple):
+        batch, heads, frequency = change["state"]
+        other = RecurrentState(6, heads, 3, update_frequency=frequency)
+        q, k = torch.zeros(batch, heads, 5, 3), torch.zeros(batch, 2, 5, 3)
+        state = other.init_state(batch, 2, device=q.device, dtype=q.dtype)
+        arguments["state"] = other(torch.zeros(batch, 5, 6), q, k, k, state=state)[1]
+    with pytest.raises(ValueError, match=message):
+        RecurrentState(6, 4, 3)(**arguments)
+
+
+def test_router_and_importance_name_what_does_not_fit():
+    router, predictions, targets = DynamicRouter(6, 3), torch.zeros(2, 2, 3, 5, 6), torch.zeros(2, 5, 6)
+    with pytest.raises(ValueError, match=r"x has shape \[2, 5, 7\]; it must be \[batch, tokens, 6\]"):
+        router(torch.zeros(2, 5, 7))
+    with pytest.raises(ValueError, match=r"x has shape \[2, 5, 7\]; it must be \[..., 6\]"):
+        ImportanceNetwork(6)(torch.zeros(2, 5, 7))
+    for more, mask in ((torch.zeros(2, 4, 3, 5, 6), None), (predictions, torch.ones(1, 5))):
+        name = "predictions" if mask is None else "mask"
+        with pytest.raises(ValueError, match=rf"{name} has shape .*, but targets has shape \[2, 5, 6\] and there are 2 "):
+            router.reinforce(more, targets, mask)
+    with pytest.raises(ValueError, match=r"targets has shape \[5, 6\]; it must be \[batch, tokens, width\]"):
+        router.reinforce(predictions, targets[0])
+
+
+def test_the_softmax_wants_one_dtype():
+    q, k = torch.zeros(1, 2, 9, 4), torch.zeros(1, 2, 9, 4).bfloat16()
+    settings = {"block_size": 4, "memory_size": 2, "distance_decay": torch.zeros(2), "window_width": 9.0}
+    with pytest.raises(ValueError, match="k has dtype torch.bfloat16, but q has dtype torch.float32"):
+        dala_attention(q, k, q, log_importance=torch.zeros(1, 9), **settings)
 
 
 def test_outputs():

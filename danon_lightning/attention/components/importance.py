@@ -31,7 +31,12 @@ class ImportanceNetwork(nn.Module):
 
         Returns:
             ln σ(score) ``[...]``, at most 0.
+
+        Raises:
+            ValueError: If the tokens have another width.
         """
+        if x.shape[-1:] != (self.inner.in_features,):
+            raise ValueError(f"x has shape {list(x.shape)}; it must be [..., {self.inner.in_features}]")
         return self.continued(self.inner(x))
 
     def continued(self, inner: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from danon_lightning.attention.checks import check_heads, check_mask, check_shapes, check_tokens
 from danon_lightning.attention.core import State
 from danon_lightning.attention.layers import ZeroLinear, joint_linear
 from danon_lightning.attention.linear.functional import resumed_delta_rule
@@ -40,7 +41,8 @@ class RecurrentState(nn.Module):
         dim: Width D of a token.
         num_heads: Heads H.
         head_dim: Width d of a head.
-        decay_rate: γ of the first head at first; the others are spread from there to 0.9975, evenly in their logits.
+        decay_rate: γ of the first head at first; the others are spread from there to 0.9975, evenly in their logits. All
+            have the same where it is larger than that.
         update_frequency: Tokens f that the state takes in at once.
         eps: Added to the mean square of what is read.
         chunk_size: Tokens that are worked on at once; it decides about speed only.
@@ -136,7 +138,13 @@ class RecurrentState(nn.Module):
 
         Returns:
             What is read ``[b, H, n, d]`` in the dtype of ``v``, and the new state if one was given.
+
+        Raises:
+            ValueError: If shapes do not fit each other, or the state comes from another configuration or batch size.
         """
+        self._check(x, q, k, v, weight, onto, gates, key_padding_mask)
+        if state is not None:
+            self._check_state(state, x.shape[0], k.shape[1])
         fine = torch.promote_types(x.dtype, torch.float32)
         decay, rate = (gate.to(fine).mT for gate in gates or joint_linear(x, (self.decay, self.rate)))  # [b, H, n]
         log_decay, rates = F.logsigmoid(decay + self.decay_offset.to(fine).unsqueeze(-1)), rate.sigmoid()
@@ -176,6 +184,52 @@ class RecurrentState(nn.Module):
             "rates": rates[:, :, kept].clone(),
         }
         return read if onto is None else onto + read, new_state
+
+    def _check(
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        weight: Tensor | None,
+        onto: Tensor | None,
+        gates: Sequence[Tensor] | None,
+        key_padding_mask: Tensor | None,
+    ) -> None:
+        """Raise unless the arguments fit each other."""
+        check_tokens(x, self.decay.in_features)
+        (batch, length, _), (heads, width) = x.shape, self.gain.shape
+        given = f"x has shape {list(x.shape)} and there are {heads} heads of width {width}"
+        check_shapes({"q": (q, (batch, heads, length, width))}, given)
+        check_heads(q, k)
+        groups = k.shape[1]
+        expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+            "k": (k, (batch, groups, length, width)),
+            "v": (v, (batch, groups, length, width)),
+            "weight": (weight, (batch, heads, length)),
+            "onto": (onto, (batch, heads, length, width)),
+            "key_padding_mask": (key_padding_mask, (batch, length)),
+        }
+        expected |= {f"gates[{index}]": (gate, (batch, length, heads)) for index, gate in enumerate(gates or ())}
+        check_shapes(expected, given)
+        check_mask(key_padding_mask)
+
+    def _check_state(self, state: State, batch: int, groups: int) -> None:
+        """Raise unless a state fits this module and so many sequences."""
+        heads, width = self.gain.shape
+        names = ("matrix", "keys", "values", "log_decay", "rates")
+        shapes = {name: tuple(state[name].shape) if name in state else None for name in names}
+        waiting = min((shapes["rates"] or (0,))[-1], self.update_frequency - 1)
+        expected = {
+            "matrix": (batch, heads, width, width),
+            **dict.fromkeys(("keys", "values"), (batch, groups, waiting, width)),
+            **dict.fromkeys(("log_decay", "rates"), (batch, heads, waiting)),
+        }
+        if any(shapes[name] != shape for name, shape in expected.items()):
+            raise ValueError(
+                f"state holds tensors of shapes {shapes}, but {batch} sequences, {groups} key heads and "
+                f"update_frequency={self.update_frequency} need {expected}; start from init_state({batch}, {groups}, …)"
+            )
 
     def _advance(
         self,

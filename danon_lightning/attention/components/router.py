@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from danon_lightning.attention.checks import check_shapes, check_tokens
 from danon_lightning.attention.layers import ZeroLinear
 
 __all__ = ["DynamicRouter"]
@@ -60,7 +61,11 @@ class DynamicRouter(nn.Module):
 
         Returns:
             ``[b, R, H, n]``, divided by the temperature.
+
+        Raises:
+            ValueError: If the tokens have another shape.
         """
+        check_tokens(x, self.projection.in_features)
         return self.continued(self.projection(x))
 
     def continued(self, projected: Tensor) -> Tensor:
@@ -82,7 +87,11 @@ class DynamicRouter(nn.Module):
 
         Returns:
             The mean agreement, from -1 to 1, that was added ``[R, H]``.
+
+        Raises:
+            ValueError: If shapes do not fit each other, or the number of routes and heads.
         """
+        self._check(predictions, targets, mask)
         unit = nn.functional.normalize
         agreement = torch.einsum("brhnd,bnd->brhn", unit(predictions, dim=-1), unit(targets, dim=-1))
         counted = torch.ones_like(agreement[:, 0, 0], dtype=torch.bool) if mask is None else mask.bool()
@@ -90,3 +99,10 @@ class DynamicRouter(nn.Module):
         mean = (total / counted.sum().clamp(min=1)).to(self.bias.dtype)
         self.bias += mean
         return mean
+
+    def _check(self, predictions: Tensor, targets: Tensor, mask: Tensor | None) -> None:
+        if targets.dim() != 3:
+            raise ValueError(f"targets has shape {list(targets.shape)}; it must be [batch, tokens, width]")
+        (batch, length, width), (routes, heads) = targets.shape, self.bias.shape
+        expected = {"predictions": (predictions, (batch, routes, heads, length, width)), "mask": (mask, (batch, length))}
+        check_shapes(expected, f"targets has shape {list(targets.shape)} and there are {routes} routes, {heads} heads")
