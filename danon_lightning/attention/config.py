@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from numbers import Real
+from typing import Any, ClassVar
 
 __all__ = ["AttentionConfig"]
 
@@ -13,7 +14,8 @@ ACTIVATIONS = ("gelu", "relu", "swish")
 class AttentionConfig:
     """Sizes and switches of an attention model, checked when they are set.
 
-    A variant subclasses it and adds its own settings; it calls ``super().__post_init__()`` before its own checks.
+    A variant subclasses it and adds its own settings; it calls ``super().__post_init__()`` before its own checks, and
+    adds to ``outside_state`` the names of settings that its streaming state does not depend on.
 
     Args:
         vocab_size: Number of token ids; 256 fits plain bytes.
@@ -45,6 +47,10 @@ class AttentionConfig:
         ValueError: If a setting is out of range or does not fit another one.
     """
 
+    outside_state: ClassVar[frozenset[str]] = frozenset(
+        {"dropout", "attention_dropout", "initializer_range", "gradient_checkpointing", "memory_efficient"}
+    )
+
     vocab_size: int = 256
     hidden_size: int = 256
     num_layers: int = 4
@@ -68,6 +74,7 @@ class AttentionConfig:
 
     def __post_init__(self) -> None:
         """Check every setting."""
+        self._require_types()
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "max_sequence_length"):
             self._require_integer(name, minimum=1)
         for name in ("num_kv_heads", "intermediate_size"):
@@ -128,21 +135,24 @@ class AttentionConfig:
     def state_signature(self) -> dict[str, Any]:
         """Return the settings that a streaming state depends on, by name.
 
-        A state made under one signature is refused under another. Switches that only steer training are left out.
+        A state made under one signature is refused under another.
         """
-        training_only = {
-            "dropout",
-            "attention_dropout",
-            "initializer_range",
-            "gradient_checkpointing",
-            "memory_efficient",
-        }
         settings = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in settings.items() if name not in training_only}
+        return {name: value for name, value in settings.items() if name not in self.outside_state}
 
     def _require(self, condition: bool, name: str, remedy: str) -> None:
         if not condition:
             raise ValueError(f"{name}={getattr(self, name)!r} {remedy}")
+
+    def _require_types(self) -> None:
+        """Require switches to be booleans, and numbers that may be broken to be numbers."""
+        for field in fields(self):
+            value, optional = getattr(self, field.name), field.type == float | None
+            if field.type is bool:
+                self._require(isinstance(value, bool), field.name, "must be True or False")
+            elif field.type is float or (optional and value is not None):
+                valid = isinstance(value, Real) and not isinstance(value, bool)
+                self._require(valid, field.name, "must be a number or None" if optional else "must be a number")
 
     def _require_integer(self, name: str, *, minimum: int) -> None:
         value = getattr(self, name)

@@ -97,6 +97,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, key_padding_mask: Tens
 class FullAttentionConfig(AttentionConfig):
     """Settings of full attention: those that all variants share."""
 
+    outside_state: ClassVar[frozenset[str]] = AttentionConfig.outside_state | {"max_sequence_length"}
+
 
 class FullAttention(AttentionCore):
     """Full attention with rotary positions and a key-value cache that grows with the sequence.

@@ -205,6 +205,13 @@ def test_map_state_keeps_the_nest():
         ({"num_levels": 0}, "num_levels=0"),
         ({"feature_fusion": "sum"}, "feature_fusion='sum' must be one of 'adaptive', 'weighted', 'concat'"),
         ({"compression_alpha": -1.0}, "compression_alpha=-1.0"),
+        ({"compression_alpha": "0.5"}, "compression_alpha='0.5' must be a number or None"),
+        ({"causal": "no"}, "causal='no' must be True or False"),
+        ({"memory_efficient": 1}, "memory_efficient=1 must be True or False"),
+        ({"dropout": "0.1"}, "dropout='0.1' must be a number$"),
+        ({"stability_factor": True}, "stability_factor=True must be a number$"),
+        ({"layer_norm_eps": None}, "layer_norm_eps=None must be a number$"),
+        ({"rope_base": "1e4"}, "rope_base='1e4' must be a number or None"),
     ],
 )
 def test_invalid_settings_are_named(settings, message):

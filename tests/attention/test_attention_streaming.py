@@ -175,10 +175,26 @@ def test_fixed_levels_stream_without_end_and_auto_does_not():
                 model(ids[:, :1], state=state)
 
 
+@pytest.mark.parametrize(("variant", "fits"), [("full", True), ("dala", True), ("msra", False), ("ucsa", False)])
+def test_states_fit_models_for_longer_sequences_where_nothing_in_them_depends_on_it(variant, fits):
+    short, long = (make_model(make_config(variant, max_sequence_length=length)) for length in (48, 96))
+    ids = torch.randint(0, 11, (1, 30))
+    with torch.no_grad():
+        state = short(ids[:, :20], state=short.init_state(1)).state
+        if fits:
+            rest = long(ids[:, 20:], state=state).last_hidden_state
+            torch.testing.assert_close(rest, long(ids).last_hidden_state[:, 20:], rtol=0, atol=1e-10)
+        else:
+            with pytest.raises(ValueError, match="max_sequence_length: 48 there, 96 here"):
+                long(ids[:, 20:], state=state)
+
+
 def test_foreign_states_are_refused():
     model, other = make_model(CONFIGS["msra"]), make_model(CONFIGS["msra, weighted"])
     ids = torch.randint(0, 11, (2, 5))
-    with pytest.raises(ValueError, match="another configuration .feature_fusion: 'weighted' there, 'adaptive' here"):
+    with pytest.raises(
+        ValueError, match="another configuration .feature_fusion: 'weighted' there, 'adaptive' here.; start"
+    ):
         model(ids, state=other.init_state(2))
     with pytest.raises(ValueError, match=r"input_ids has shape \[2, 5\], but state was made for batches of 3"):
         model(ids, state=model.init_state(3))
