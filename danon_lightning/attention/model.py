@@ -1,6 +1,7 @@
 """A stack of attention blocks between token embeddings and a final norm."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
@@ -10,12 +11,25 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from danon_lightning.attention.block import AttentionBlock
+from danon_lightning.attention.checks import check_like, check_range
 from danon_lightning.attention.config import AttentionConfig
 from danon_lightning.attention.core import State, observing
 from danon_lightning.attention.layers import NormalEmbedding
 from danon_lightning.attention.registry import variant_of
 
-__all__ = ["AttentionModel", "AttentionModelOutput"]
+__all__ = ["AttentionModel", "AttentionModelOutput", "evaluating"]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode for the time of the context; then every module is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @dataclass
@@ -151,7 +165,8 @@ class AttentionModel(nn.Module):
 
         Raises:
             ValueError: If an argument has the wrong shape or dtype, or does not fit the configuration; if the sequence
-                is empty or too long; if the state comes from another configuration or batch size.
+                is empty or too long; if the state comes from another configuration or batch size. On CPUs also if an
+                id is out of range.
         """
         self._check_inputs(input_ids, attention_mask, token_type_ids, position_ids, state)
         first = 0 if state is None else state["position"]
@@ -217,12 +232,12 @@ class AttentionModel(nn.Module):
         hidden: Tensor = self.token_embedding(input_ids)
         if self.type_embedding is not None:
             hidden = hidden + self.type_embedding(
-                torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+                torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids.long()
             )
         if self.position_embedding is not None:
             if position_ids is None:
                 position_ids = torch.arange(first, first + input_ids.shape[1], device=input_ids.device)
-            hidden = hidden + self.position_embedding(position_ids)
+            hidden = hidden + self.position_embedding(position_ids.long())
         return F.dropout(hidden, self.config.dropout, self.training)
 
     def _check_inputs(
@@ -237,13 +252,18 @@ class AttentionModel(nn.Module):
             raise ValueError(f"input_ids has shape {list(input_ids.shape)}; it must be [batch, tokens], neither zero")
         if input_ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"input_ids has dtype {input_ids.dtype}; it must be torch.int64 or torch.int32")
-        _check_like("attention_mask", attention_mask, input_ids)
-        _check_like("token_type_ids", token_type_ids, input_ids)
-        _check_like("position_ids", position_ids, input_ids, may_lack_batch=True)
+        check_range("input_ids", input_ids, "vocab_size", self.config.vocab_size)
+        check_like("attention_mask", attention_mask, input_ids)
+        check_like("token_type_ids", token_type_ids, input_ids)
+        check_like("position_ids", position_ids, input_ids, may_lack_batch=True)
         if token_type_ids is not None and self.type_embedding is None:
             raise ValueError("token_type_ids was given, but type_vocab_size=0; set it to the number of token types")
         if position_ids is not None and self.position_embedding is None:
             raise ValueError("position_ids was given, but learned_positions=False; rotary positions are always counted")
+        if token_type_ids is not None:
+            check_range("token_type_ids", token_type_ids, "type_vocab_size", self.config.type_vocab_size)
+        if position_ids is not None:
+            check_range("position_ids", position_ids, "max_sequence_length", self.config.max_sequence_length)
         if state is not None:
             self._check_state(state, input_ids)
         self._check_length(input_ids.shape[1], 0 if state is None else state["position"], state is not None)
@@ -266,28 +286,17 @@ class AttentionModel(nn.Module):
             raise ValueError(f"state lacks {', '.join(sorted(missing))}; start from model.init_state(batch_size)")
         ours, theirs = self._signature(), state["signature"]
         differing = [
-            f"{name}: {theirs.get(name)!r} there, {ours.get(name)!r} here"
-            for name in sorted({*ours, *theirs})
-            if ours.get(name) != theirs.get(name)
+            f"{name}: {theirs.get(name)!r} there, {ours[name]!r} here"
+            for name in sorted(ours)
+            if ours[name] != theirs.get(name)
         ]
         if differing:
-            raise ValueError(f"state comes from another configuration ({'; '.join(differing)})")
+            raise ValueError(
+                f"state comes from another configuration ({'; '.join(differing)}); start from "
+                "model.init_state(batch_size), or build the model as it was"
+            )
         if state["batch_size"] != input_ids.shape[0]:
             raise ValueError(
                 f"input_ids has shape {list(input_ids.shape)}, but state was made for batches of "
                 f"{state['batch_size']}; start another one with model.init_state({input_ids.shape[0]})"
             )
-
-
-def _check_like(name: str, value: Tensor | None, input_ids: Tensor, *, may_lack_batch: bool = False) -> None:
-    """Raise unless ``value`` is ``None`` or an integer or boolean tensor in the shape of ``input_ids``."""
-    if value is None:
-        return
-    shapes = [input_ids.shape] + ([input_ids.shape[1:]] if may_lack_batch else [])
-    if value.shape not in shapes:
-        raise ValueError(
-            f"{name} has shape {list(value.shape)}, but input_ids has shape {list(input_ids.shape)}; "
-            f"{name} must be {' or '.join(str(list(shape)) for shape in shapes)}"
-        )
-    if value.is_floating_point() or value.is_complex():
-        raise ValueError(f"{name} has dtype {value.dtype}; it must be boolean or integer")

@@ -216,8 +216,8 @@ def test_token_types_and_positions_are_added():
     ids = torch.randint(0, 11, (2, 9))
     plain = model(ids).last_hidden_state
     zeros, counted = torch.zeros_like(ids), torch.arange(9)
-    for positions in (counted, counted.expand(2, 9)):
-        same = model(ids, token_type_ids=zeros, position_ids=positions).last_hidden_state
+    for positions, types in ((counted, zeros), (counted.expand(2, 9), zeros.bool()), (counted.int(), zeros.byte())):
+        same = model(ids, token_type_ids=types, position_ids=positions).last_hidden_state
         torch.testing.assert_close(same, plain, rtol=0, atol=0)
     assert not torch.allclose(model(ids, token_type_ids=zeros + 2).last_hidden_state, plain)
     assert not torch.allclose(model(ids, position_ids=counted + 1).last_hidden_state, plain)
@@ -235,12 +235,28 @@ def test_token_types_and_positions_are_added():
         ({"token_type_ids": torch.zeros(2, 5, dtype=torch.int64)}, "type_vocab_size=0"),
         ({"position_ids": torch.zeros(5, dtype=torch.int64)}, "learned_positions=False"),
         ({"position_ids": torch.zeros(3, dtype=torch.int64)}, r"position_ids must be \[2, 5\] or \[5\]"),
+        ({"input_ids": torch.tensor([[3, 11]])}, "input_ids holds 11, but vocab_size=11; it must lie between 0 and 10"),
+        ({"input_ids": torch.tensor([[3, -1]])}, "input_ids holds -1, but vocab_size=11"),
     ],
 )
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_errors_name_the_argument(variant, arguments, message):
     with pytest.raises(ValueError, match=message):
         build(variant)(**{"input_ids": torch.zeros(2, 5, dtype=torch.int64), **arguments})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("token_type_ids", 3, "token_type_ids holds 3, but type_vocab_size=3; it must lie between 0 and 2"),
+        ("token_type_ids", -2, "token_type_ids holds -2, but type_vocab_size=3"),
+        ("position_ids", 64, "position_ids holds 64, but max_sequence_length=64; it must lie between 0 and 63"),
+    ],
+)
+def test_ids_out_of_range_are_named(name, value, message):
+    model, ids = build("full", type_vocab_size=3, learned_positions=True), torch.zeros(1, 2, dtype=torch.int64)
+    with pytest.raises(ValueError, match=message):
+        model(ids, **{name: torch.tensor([[0, value]])})
 
 
 def test_constructors():

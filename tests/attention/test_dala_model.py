@@ -82,11 +82,11 @@ def test_in_training_the_memory_chooses_with_noise():
 
 
 def test_decay_rates_are_spread_over_the_heads():
-    for rate in (0.9, 0.99):
+    for rate in (0.9, 0.99, 0.999):
         recurrent = build("dala", state_decay_rate=rate).layers[0].core.recurrent
         decays = recurrent.decay_offset.sigmoid()
-        torch.testing.assert_close(decays[[0, -1]], torch.tensor([rate, 0.9975]))
-        assert (decays.diff() > 0).all()
+        torch.testing.assert_close(decays[[0, -1]], torch.tensor([rate, max(rate, 0.9975)]))
+        assert (decays.diff() > 0).all() == (rate < 0.9975)
 
 
 def test_recurrent_state_follows_its_definition():
@@ -185,7 +185,9 @@ def test_router_and_importance_name_what_does_not_fit():
         ImportanceNetwork(6)(torch.zeros(2, 5, 7))
     for more, mask in ((torch.zeros(2, 4, 3, 5, 6), None), (predictions, torch.ones(1, 5))):
         name = "predictions" if mask is None else "mask"
-        with pytest.raises(ValueError, match=rf"{name} has shape .*, but targets has shape \[2, 5, 6\] and there are 2 "):
+        with pytest.raises(
+            ValueError, match=rf"{name} has shape .*, but targets has shape \[2, 5, 6\] and there are 2 "
+        ):
             router.reinforce(more, targets, mask)
     with pytest.raises(ValueError, match=r"targets has shape \[5, 6\]; it must be \[batch, tokens, width\]"):
         router.reinforce(predictions, targets[0])
@@ -220,6 +222,20 @@ def test_outputs():
         model(IDS, output_details=("attentions",))
     chunk = model(IDS[:, :7], state=model.init_state(2))
     torch.testing.assert_close(chunk.importance_scores[1], output.importance_scores[1][:, :7])
+
+
+def test_measuring_is_done_in_evaluation_mode_and_leaves_no_trace():
+    model = scramble(build("dala", dropout=0.3, attention_dropout=0.3, calibration_factor=1.0))
+    model.layers[1].eval()
+    modes = [module.training for module in model.modules()]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    first, second = (model.get_importance_scores(IDS) for _ in range(2))
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    added = model.update_router(IDS, IDS)
+    assert torch.equal(first, second) and modes == [module.training for module in model.modules()]
+    model.load_state_dict(before)
+    assert torch.equal(first, model.eval().get_importance_scores(IDS))
+    assert torch.equal(added, model.update_router(IDS, IDS))
 
 
 def test_more_important_tokens_are_remembered():
@@ -316,5 +332,9 @@ def test_a_router_starts_with_a_number_for_each_route():
 def test_update_router_checks_its_arguments():
     with pytest.raises(ValueError, match=r"labels has shape \[2, 5\], but input_ids has shape \[2, 60\]"):
         build("dala").update_router(IDS, IDS[:, :5])
+    with pytest.raises(ValueError, match="labels has dtype torch.float32; it must be boolean or integer"):
+        build("dala").update_router(IDS, IDS.float())
+    with pytest.raises(ValueError, match="labels holds 11, but vocab_size=11; it must lie between 0 and 10"):
+        build("dala").update_router(IDS, IDS.clamp(min=11))
     with pytest.raises(ValueError, match="use_adaptive_router=True"):
         build("dala", use_adaptive_router=False).update_router(IDS, IDS)

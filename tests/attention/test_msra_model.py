@@ -71,6 +71,28 @@ def test_compression_is_counted():
 
 
 @pytest.mark.parametrize("causal", [True, False])
+def test_padding_does_not_count_as_compression(causal):
+    model, mask = build("msra", causal=causal), torch.zeros_like(IDS)
+    mask[:, :20] = 1
+    alone = model.get_compression_stats(IDS[:, :20])["compression_ratio"]
+    assert model.get_compression_stats(IDS, mask)["compression_ratio"] == pytest.approx(alone)
+    with pytest.raises(ValueError, match="attention_mask has no real token"):
+        model.get_compression_stats(IDS, 0 * mask)
+
+
+def test_measuring_is_done_in_evaluation_mode_and_leaves_no_trace():
+    model = scramble(build("msra", dropout=0.3, attention_dropout=0.3, calibration_factor=1.0))
+    model.layers[1].eval()
+    modes = [module.training for module in model.modules()]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    first, second = (model.compute_attention_weights(IDS)["layer_1"] for _ in range(2))
+    model.get_compression_stats(IDS)
+    assert torch.equal(first, second) and modes == [module.training for module in model.modules()]
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert torch.equal(first, model.eval().compute_attention_weights(IDS)["layer_1"])
+
+
+@pytest.mark.parametrize("causal", [True, False])
 def test_full_attention_neither_saves_nor_loses(causal):
     model = scramble(build("full", causal=causal, num_kv_heads=2))
     mask = torch.ones_like(IDS)

@@ -41,8 +41,8 @@ class RecurrentState(nn.Module):
         dim: Width D of a token.
         num_heads: Heads H.
         head_dim: Width d of a head.
-        decay_rate: γ of the first head at first; the others are spread from there to 0.9975, evenly in their logits. All
-            have the same where it is larger than that.
+        decay_rate: γ of the first head at first; the others are spread from there to 0.9975, evenly in their logits.
+            All have it where it is larger than that.
         update_frequency: Tokens f that the state takes in at once.
         eps: Added to the mean square of what is read.
         chunk_size: Tokens that are worked on at once; it decides about speed only.

@@ -104,5 +104,8 @@ class DynamicRouter(nn.Module):
         if targets.dim() != 3:
             raise ValueError(f"targets has shape {list(targets.shape)}; it must be [batch, tokens, width]")
         (batch, length, width), (routes, heads) = targets.shape, self.bias.shape
-        expected = {"predictions": (predictions, (batch, routes, heads, length, width)), "mask": (mask, (batch, length))}
+        expected = {
+            "predictions": (predictions, (batch, routes, heads, length, width)),
+            "mask": (mask, (batch, length)),
+        }
         check_shapes(expected, f"targets has shape {list(targets.shape)} and there are {routes} routes, {heads} heads")

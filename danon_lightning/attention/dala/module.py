@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from danon_lightning.attention.checks import check_like, check_range
 from danon_lightning.attention.components.importance import ImportanceNetwork
 from danon_lightning.attention.components.recurrent import RecurrentState
 from danon_lightning.attention.components.router import DynamicRouter
@@ -18,7 +19,7 @@ from danon_lightning.attention.dala.functional import dala_attention
 from danon_lightning.attention.dala.memory import gumbel_noise
 from danon_lightning.attention.dala.streaming import empty_state, stream_chunk
 from danon_lightning.attention.layers import joint_linear, keep_in_graph
-from danon_lightning.attention.model import AttentionModel, AttentionModelOutput
+from danon_lightning.attention.model import AttentionModel, AttentionModelOutput, evaluating
 from danon_lightning.attention.registry import register_variant
 from danon_lightning.attention.statistics import count_real, token_weights
 
@@ -42,7 +43,7 @@ class DALAConfig(AttentionConfig):
             positions apart the older one must be e times as important.
         use_recursive_state: Whether a recurrent state holds the whole past.
         state_decay_rate: Share of the state of the first head that is left after a token, at first; the other heads
-            forget more slowly, the last one keeps 0.9975.
+            forget more slowly, the last one keeps 0.9975. All heads keep the same share if it is larger than that.
         state_update_frequency: Tokens that the state takes in at once; at most ``block_size``, for the window must read
             those that wait.
         use_adaptive_router: Whether each token weighs memory and state for each head; otherwise both count as they are.
@@ -55,6 +56,8 @@ class DALAConfig(AttentionConfig):
     Raises:
         ValueError: If a setting is out of range or does not fit another one.
     """
+
+    outside_state: ClassVar[frozenset[str]] = AttentionConfig.outside_state | {"max_sequence_length"}
 
     max_sequence_length: int = 1_000_000
     block_size: int = 64
@@ -326,7 +329,7 @@ class DALAModel(AttentionModel):
 
     @torch.no_grad()
     def get_importance_scores(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Return the importance of each token in each layer, between 0 and 1.
+        """Return the importance of each token in each layer, between 0 and 1, in evaluation mode.
 
         Args:
             input_ids: Token ids ``[b, n]``.
@@ -335,7 +338,8 @@ class DALAModel(AttentionModel):
         Returns:
             ``[layers, b, n]``.
         """
-        output = self(input_ids, attention_mask, output_details=("importance_scores",))
+        with evaluating(self):
+            output = self(input_ids, attention_mask, output_details=("importance_scores",))
         scores = torch.stack(output.importance_scores)
         return scores if attention_mask is None else scores * attention_mask.to(scores.dtype)
 
@@ -356,22 +360,19 @@ class DALAModel(AttentionModel):
             What was added ``[layers, routes, H]``.
 
         Raises:
-            ValueError: If ``labels`` has another shape, or there is no router.
+            ValueError: If ``labels`` has another shape or dtype or is out of range, or there is no router.
         """
         cores: Sequence[DALAAttention] = [block.core for block in self.blocks()]  # type: ignore[misc]
         if any(core.router is None for core in cores):
             raise ValueError("update_router needs a router; build the model with use_adaptive_router=True")
-        if labels.shape != input_ids.shape:
-            raise ValueError(
-                f"labels has shape {list(labels.shape)}, but input_ids has shape {list(input_ids.shape)}; there must "
-                "be one label a token, negative where it does not count"
-            )
-        with observing(cores, ("route_outputs",)) as observed:
+        check_like("labels", labels, input_ids)
+        counted, labels = labels >= 0, labels.long().clamp(min=0)
+        check_range("labels", labels, "vocab_size", self.config.vocab_size)
+        with evaluating(self), observing(cores, ("route_outputs",)) as observed:
             self(input_ids, attention_mask, output_details=())
-        counted = labels >= 0
         if attention_mask is not None:
             counted = counted & attention_mask.bool()
-        targets = self.token_embedding(labels.clamp(min=0))
+        targets = self.token_embedding(labels)
         added = []
         for block, core, values in zip(self.blocks(), cores, observed, strict=True):
             weight = block.output.weight.unflatten(1, (self.config.num_heads, -1))  # [D, H, d]

@@ -15,7 +15,7 @@ from danon_lightning.attention.config import AttentionConfig
 from danon_lightning.attention.core import AttentionCore, State
 from danon_lightning.attention.efficiency import measure_efficiency
 from danon_lightning.attention.layers import ZeroLinear, keep_in_graph
-from danon_lightning.attention.model import AttentionModel, AttentionModelOutput
+from danon_lightning.attention.model import AttentionModel, AttentionModelOutput, evaluating
 from danon_lightning.attention.msra.functional import msra_attention
 from danon_lightning.attention.msra.fusion import ConcatFusion, FeatureFusion, WeightedFusion
 from danon_lightning.attention.msra.geometry import Geometry
@@ -307,7 +307,7 @@ class MSRAModel(AttentionModel):
         """Return how much of each token is in the attention output of each other one, after cells are opened.
 
         Rows add up to one, except those that see no real token, which are zero. The learned maps of the values are left
-        aside.
+        aside, and dropout is.
 
         Args:
             input_ids: Token ids ``[b, n]``.
@@ -321,7 +321,8 @@ class MSRAModel(AttentionModel):
         """
         if self.config.feature_fusion != "adaptive":
             raise ValueError(f"feature_fusion={self.config.feature_fusion!r} has no common weights; 'adaptive' has")
-        output = self(input_ids, attention_mask, output_details=("attentions",))
+        with evaluating(self):
+            output = self(input_ids, attention_mask, output_details=("attentions",))
         return {f"layer_{index}": weights for index, weights in enumerate(output.attentions)}
 
     def get_compression_stats(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, float]:
@@ -332,19 +333,24 @@ class MSRAModel(AttentionModel):
             attention_mask: 1 for real tokens ``[b, n]``.
 
         Returns:
-            ``compression_ratio``: cells that a token sees over the tokens that it would see under full attention, in
-            the mean and without padding; ``information_retention``, ``computation_savings`` and ``memory_savings`` as
-            in ``Efficiency``.
+            ``compression_ratio``: cells that the tokens see over the tokens that they would see under full attention,
+            all without padding; ``information_retention``, ``computation_savings`` and ``memory_savings`` as in
+            ``Efficiency``.
+
+        Raises:
+            ValueError: If the input is too long, or all of it is padding.
         """
-        efficiency = measure_efficiency(self, input_ids, attention_mask)
-        length, causal, geometry = input_ids.shape[1], self.config.causal, self.config.geometry
-        queries = torch.arange(length).unsqueeze(-1)
-        cells = 0
-        for level in range(geometry.active_levels(length)):
-            columns = torch.arange(-(-length // geometry.span(level)))
-            cells += int(geometry.visible(queries, columns, level, causal=causal).sum())
-        tokens = length * (length + 1) // 2 if causal else length**2
-        return {"compression_ratio": cells / tokens, **efficiency._asdict()}
+        with evaluating(self):
+            efficiency = measure_efficiency(self, input_ids, attention_mask)
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        real = real.bool()
+        if not real.any():
+            raise ValueError("attention_mask has no real token, so that nothing is compressed; give it some")
+        causal, geometry = self.config.causal, self.config.geometry
+        levels = range(geometry.active_levels(input_ids.shape[1]))
+        cells = sum(geometry.count_seen(real, level, causal=causal).sum().item() for level in levels)
+        tokens = (real.cumsum(dim=1) * real).sum() if causal else real.sum(dim=1).square().sum()
+        return {"compression_ratio": cells / tokens.item(), **efficiency._asdict()}
 
 
 register_variant("msra", MSRAConfig, MSRAAttention)
