@@ -60,6 +60,17 @@ def test_the_example_of_a_variant_is_causal_and_streams_like_its_parallel_form(m
         state = output.state
         parts.append(output.last_hidden_state)
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-5)
+    # Padding on the left changes nothing, in streams too.
+    padded, mask = torch.cat([tokens[:, :5], tokens], dim=1), torch.ones(2, 25, dtype=torch.int64)
+    mask[:, :5] = 0
+    for state in (None, model.init_state(2)):
+        output = model(padded, mask, state=state).last_hidden_state
+        torch.testing.assert_close(output[:, 5:], whole, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="causal=False is not possible with mean"):
+        names["MeanConfig"](causal=False)
+    module = run_block("attention.md", "class MeanLightning", names)["module"]
+    module.loss(tokens).backward()
+    assert all(parameter.grad is not None for parameter in module.parameters())
 
 
 # The pages of attention variants, and the name of each.
