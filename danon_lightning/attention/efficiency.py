@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from danon_lightning.attention.core import AttentionCore
 from danon_lightning.attention.full import full_attention
 from danon_lightning.attention.kept_bytes import KeptBytes
-from danon_lightning.attention.model import AttentionModel
+from danon_lightning.attention.model import AttentionModel, evaluating
 from danon_lightning.attention.rotary import apply_rotary, cell_positions
 
 __all__ = ["Efficiency", "measure_efficiency"]
@@ -64,10 +64,7 @@ def measure_efficiency(model: AttentionModel, input_ids: Tensor, attention_mask:
     def record(core: AttentionCore, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls.append((core, args, kwargs["key_padding_mask"]))
 
-    was_training = model.training
-    with ExitStack() as stack:
-        stack.callback(model.train, was_training)
-        model.eval()
+    with evaluating(model):
         with ExitStack() as recording, torch.no_grad():
             for block in model.blocks():
                 recording.callback(block.core.register_forward_pre_hook(record, with_kwargs=True).remove)

@@ -175,7 +175,9 @@ def test_fixed_levels_stream_without_end_and_auto_does_not():
                 model(ids[:, :1], state=state)
 
 
-@pytest.mark.parametrize(("variant", "fits"), [("full", True), ("dala", True), ("msra", False), ("ucsa", False)])
+@pytest.mark.parametrize(
+    ("variant", "fits"), [("full", True), ("dala", True), ("infinite", True), ("msra", False), ("ucsa", False)]
+)
 def test_states_fit_models_for_longer_sequences_where_nothing_in_them_depends_on_it(variant, fits):
     short, long = (make_model(make_config(variant, max_sequence_length=length)) for length in (48, 96))
     ids = torch.randint(0, 11, (1, 30))
@@ -187,6 +189,12 @@ def test_states_fit_models_for_longer_sequences_where_nothing_in_them_depends_on
         else:
             with pytest.raises(ValueError, match="max_sequence_length: 48 there, 96 here"):
                 long(ids[:, 20:], state=state)
+
+
+@pytest.mark.parametrize(("variant", "change"), [("ucsa", "compression_ratio"), ("super_hybrid", "diversity_weight")])
+def test_states_fit_models_that_differ_in_what_streams_do_not_use(variant, change):
+    model, other = make_model(make_config(variant)), make_model(make_config(variant, **{change: 0.25}))
+    assert model(torch.zeros(1, 3, dtype=torch.int64), state=other.init_state(1)).state["position"] == 3
 
 
 def test_foreign_states_are_refused():

@@ -278,6 +278,7 @@ def test_autocast_keeps_the_biases_in_float32():
     ("change", "message"),
     [
         ({"q": torch.zeros(2, 4, 30)}, "q has shape"),
+        ({"q": torch.zeros(2, 4, 30, 3)}, "q has shape .2, 4, 30, 3., of odd width 3"),
         ({"k": torch.zeros(2, 3, 30, 4)}, "k has shape .2, 3, 30, 4., but q has shape"),
         ({"v": torch.zeros(2, 2, 29, 4)}, "v has shape .2, 2, 29, 4."),
         ({"log_importance": torch.zeros(2, 4, 30)}, "log_importance has shape .* must have shape .2, 30."),

@@ -314,6 +314,7 @@ def test_autocast_changes_nothing_beyond_the_dtype_of_inputs():
     ("change", "message"),
     [
         ({"q": torch.zeros(2, 4, 30)}, "q has shape"),
+        ({name: torch.zeros(2, 2, 30, 3) for name in "qkv"}, "q has shape .2, 2, 30, 3., of odd width 3"),
         ({"k": torch.zeros(2, 3, 30, 4)}, "k has shape .2, 3, 30, 4., but q has shape .2, 4, 30, 4."),
         ({"v": torch.zeros(2, 2, 29, 4)}, "v has shape .2, 2, 29, 4., but q has shape .2, 4, 30, 4."),
         ({"selection_bias": torch.zeros(2, 3, 7)}, r"selection_bias has shape .2, 3, 7.*7 blocks.*\[2, 2, 7\] or"),

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
+from danon_lightning.attention.checks import check_rotation
 from danon_lightning.attention.dala.arguments import check_settings, check_tensors
 from danon_lightning.attention.dala.blocks import Blocks
 from danon_lightning.attention.dala.local import distance_coefficients
@@ -132,6 +133,7 @@ def dala_attention(
         ValueError: If shapes do not fit each other or a setting is out of range.
     """
     check_settings(q, block_size, memory_size, importance_threshold)
+    check_rotation(q, rope_base)
     blocks = Blocks.of(q.shape[-2], block_size, q.device)
     check_tensors(
         q,

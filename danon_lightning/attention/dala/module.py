@@ -57,7 +57,11 @@ class DALAConfig(AttentionConfig):
         ValueError: If a setting is out of range or does not fit another one.
     """
 
-    outside_state: ClassVar[frozenset[str]] = AttentionConfig.outside_state | {"max_sequence_length"}
+    outside_state: ClassVar[frozenset[str]] = AttentionConfig.outside_state | {
+        "max_sequence_length",
+        "memory_logit",
+        "selection_noise",
+    }
 
     max_sequence_length: int = 1_000_000
     block_size: int = 64

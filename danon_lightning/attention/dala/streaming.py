@@ -8,6 +8,7 @@ later.
 import torch
 from torch import Tensor
 
+from danon_lightning.attention.checks import check_rotation
 from danon_lightning.attention.core import State
 from danon_lightning.attention.dala.arguments import check_settings, check_tensors
 from danon_lightning.attention.dala.local import distance_coefficients, local_bias
@@ -99,6 +100,7 @@ def stream_chunk(
         ValueError: If shapes do not fit each other or a setting is out of range.
     """
     check_settings(q, block_size, memory_size, importance_threshold)
+    check_rotation(q, rope_base)
     start, stop = state["position"], state["position"] + q.shape[-2]
     first_block, blocks = start // block_size, -(-stop // block_size) - start // block_size
     check_tensors(

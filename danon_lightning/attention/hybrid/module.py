@@ -49,6 +49,8 @@ class SuperHybridConfig(AttentionConfig):
         ValueError: If a setting is out of range or does not fit another one, or a component is not registered.
     """
 
+    outside_state: ClassVar[frozenset[str]] = AttentionConfig.outside_state | {"diversity_weight"}
+
     components: str = "msra+dala+ucsa"
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     num_levels: int | Literal["auto"] = "auto"

@@ -42,6 +42,8 @@ class InfiniteAttentionConfig(AttentionConfig):
         ValueError: If a setting is out of range or does not fit another one.
     """
 
+    outside_state: ClassVar[frozenset[str]] = AttentionConfig.outside_state | {"max_sequence_length"}
+
     max_sequence_length: int = 1_000_000
     local_window: int = 128
     sliding_window: int = 512

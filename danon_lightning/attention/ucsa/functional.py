@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from danon_lightning.attention.checks import check_rotation
 from danon_lightning.attention.full import full_attention
 from danon_lightning.attention.precision import without_autocast
 from danon_lightning.attention.rotary import apply_rotary, cell_positions
@@ -170,6 +171,7 @@ def ucsa_attention(
         selection_bias=selection_bias,
         error_tolerance=error_tolerance,
     )
+    check_rotation(q, rope_base)
     # Where everything is read token by token, this is full attention, for which there are faster kernels.
     dense = 0 if return_stats else layout.reading_everything(length, expandable=error_tolerance == 0.0)
     if dense == length:

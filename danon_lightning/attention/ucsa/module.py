@@ -67,6 +67,8 @@ class UCSAConfig(AttentionConfig):
         ValueError: If a setting is out of range or does not fit another one.
     """
 
+    outside_state: ClassVar[frozenset[str]] = AttentionConfig.outside_state | {"compression_ratio"}
+
     block_size: int = 32
     local_window_size: int = 64
     global_tokens: int = 64

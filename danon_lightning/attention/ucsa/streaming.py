@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from danon_lightning.attention.checks import check_rotation
 from danon_lightning.attention.core import State
 from danon_lightning.attention.rotary import apply_rotary, cell_positions
 from danon_lightning.attention.ucsa.arguments import check_tensors
@@ -179,6 +180,7 @@ def stream_chunk(
     if isinstance(selection_bias, Tensor):
         raise ValueError("selection_bias is a tensor; a stream needs a function that makes it of the errors of blocks")
     check_tensors(q, k, v, 0, key_padding_mask=key_padding_mask, selection_bias=None, error_tolerance=error_tolerance)
+    check_rotation(q, rope_base)
     if max_cache_size is not None and max_cache_size < 0:
         raise ValueError(f"max_cache_size={max_cache_size} must be at least 0, or None for a cache without bounds")
     if eviction not in get_args(Eviction):
