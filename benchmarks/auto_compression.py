@@ -36,7 +36,7 @@ from rich.console import Console
 from rich.table import Table
 
 import danon_lightning
-from danon_lightning.benchmark.arguments import add_output_files, positive_float, positive_int, rate
+from danon_lightning.arguments import add_output_files, positive_float, positive_int, rate
 from danon_lightning.benchmark.environment import describe_environment
 from danon_lightning.benchmark.json_file import write_json
 from danon_lightning.benchmark.network import format_rate

@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 import danon_lightning
-from danon_lightning.benchmark.arguments import output_file, positive_float, positive_int
+from danon_lightning.arguments import output_file, positive_float, positive_int
 from danon_lightning.benchmark.environment import describe_environment
 from danon_lightning.benchmark.network import format_rate
 from danon_lightning.data import ByteTextDataModule

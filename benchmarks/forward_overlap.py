@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import danon_lightning
-from danon_lightning.benchmark.arguments import output_file, positive_float, positive_int
+from danon_lightning.arguments import output_file, positive_float, positive_int
 from danon_lightning.benchmark.environment import describe_environment
 from danon_lightning.benchmark.network import format_rate
 from danon_lightning.strategies import DanonHybridStrategy, PeriodicSync

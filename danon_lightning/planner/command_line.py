@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
+from danon_lightning.arguments import output_file, positive_float, positive_int
 from danon_lightning.planner.cluster import Cluster, read_bytes, read_rate
 from danon_lightning.planner.layouts import DEFAULT_COMPRESSIONS, DEFAULT_SCHEDULES, SCHEDULES
 from danon_lightning.planner.planning import plan_profile
@@ -70,14 +71,14 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--data", metavar="PACKAGE.MODULE:NAME", help="with --module: a batch, a LightningDataModule, or what makes one"
     )
-    add("--batch", type=_positive_int, metavar="N", help="samples of a step, of all replicas (default: the config's)")
-    add("--nodes", type=_positive_int, metavar="N", help="number of nodes (default: 1)")
-    add("--ranks-per-node", type=_positive_int, metavar="N", help="ranks on each (default: 2)")
+    add("--batch", type=positive_int, metavar="N", help="samples of a step, of all replicas (default: the config's)")
+    add("--nodes", type=positive_int, metavar="N", help="number of nodes (default: 1)")
+    add("--ranks-per-node", type=positive_int, metavar="N", help="ranks on each (default: 2)")
     add("--inter", type=_read(read_rate), metavar="RATE", help="of a node's link to others: 1gbit, 100mbit")
     add("--intra", type=_read(read_rate), metavar="RATE", help="between the ranks of a node")
     add("--links", type=Path, metavar="FILE", help="links measured by danon-bench links --json, in place of these four")
     add("--memory", type=_read(read_bytes), metavar="SIZE", help="what a rank may use: 16GiB (default: no limit)")
-    add("--speed", type=_positive_float, default=1.0, metavar="FACTOR", help="of a rank, as compared to this machine")
+    add("--speed", type=positive_float, default=1.0, metavar="FACTOR", help="of a rank, as compared to this machine")
     add("--schedules", nargs="+", choices=SCHEDULES, default=list(DEFAULT_SCHEDULES), help="of pipelines")
     add(
         "--compressions", nargs="+", choices=["dense", *available_compressors()],
@@ -85,8 +86,8 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add("--layers", metavar="NAME", help="what is cut into stages: model.layers (default: found)")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="what to measure the model on (default: cpu)")
-    add("--top", type=_positive_int, default=10, metavar="N", help="how many to print (default: %(default)s)")
-    add("--json", type=Path, metavar="FILE", help="write all of them to a file")
+    add("--top", type=positive_int, default=10, metavar="N", help="how many to print (default: %(default)s)")
+    add("--json", type=output_file, metavar="FILE", help="write all of them to a file")
     return parser
 
 
@@ -225,22 +226,6 @@ def _read(function: Callable[[str], float]) -> Callable[[str], float]:
             raise argparse.ArgumentTypeError(str(error)) from None
 
     return read
-
-
-def _positive_int(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
-def _positive_float(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return value
 
 
 if __name__ == "__main__":

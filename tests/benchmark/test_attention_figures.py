@@ -9,9 +9,9 @@ import torch
 from rich.console import Console
 from torch.nn.attention.flex_attention import create_block_mask
 
+from danon_lightning.arguments import format_length, length
 from danon_lightning.attention import available_variants, get_variant, registry
 from danon_lightning.attention.functional import gated_linear_attention
-from danon_lightning.benchmark.arguments import format_length, length
 from danon_lightning.benchmark.attention import contenders as contenders_module
 from danon_lightning.benchmark.attention import measurement
 from danon_lightning.benchmark.attention.cell import Measurement

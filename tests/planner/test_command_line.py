@@ -54,6 +54,7 @@ def test_links_come_from_a_file_and_a_module_from_a_name(tmp_path, capsys, monke
         (["--nodes", "2"], "say how fast the link"),
         (["--inter", "quick"], "is not a rate"),
         (["--nodes", "0"], "at least 1"),
+        (["--json", "nowhere/plan.json"], "the folder of 'nowhere/plan.json' does not exist"),
         (["--links", "nowhere.json"], "nowhere.json"),
         (["--links", "x.json", "--nodes", "2"], "--nodes cannot be given with --links"),
         (["--module", "planned_models"], "package.module:name"),

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
-from danon_lightning.benchmark.arguments import format_length
+from danon_lightning.arguments import format_length
 from danon_lightning.benchmark.attention.cell import CellPlan, Measurement, measure_cell
 from danon_lightning.benchmark.attention.contenders import Contender, Shape
 from danon_lightning.benchmark.attention.memory import available_memory

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from danon_lightning.benchmark.arguments import format_length
+from danon_lightning.arguments import format_length
 from danon_lightning.benchmark.attention.contenders import SDPA
 from danon_lightning.benchmark.attention.report import DIRECTION_NAMES
 from danon_lightning.benchmark.attention.results import Row, StateRow

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from danon_lightning.benchmark.arguments import format_length
+from danon_lightning.arguments import format_length
 from danon_lightning.benchmark.attention.contenders import SDPA
 from danon_lightning.benchmark.attention.results import Direction, Row, StateRow, exponent_of, ratio
 

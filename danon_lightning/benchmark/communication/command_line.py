@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.markup import escape
 
-from danon_lightning.benchmark.arguments import add_output_files, positive_float, positive_int, rate
+from danon_lightning.arguments import add_output_files, positive_float, positive_int, rate
 from danon_lightning.benchmark.communication.export import to_json
 from danon_lightning.benchmark.communication.job import WARMUP_STEPS, Progress
 from danon_lightning.benchmark.communication.measurement import Setting, default_step_limit, measure_variants

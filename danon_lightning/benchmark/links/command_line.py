@@ -9,7 +9,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.markup import escape
 
-from danon_lightning.benchmark.arguments import output_file, positive_float, positive_int, rate
+from danon_lightning.arguments import output_file, positive_float, positive_int, rate
 from danon_lightning.benchmark.communication.measurement import default_step_limit
 from danon_lightning.benchmark.communication.workload import Workload
 from danon_lightning.benchmark.environment import describe_environment, describe_machine

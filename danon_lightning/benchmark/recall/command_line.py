@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 
-from danon_lightning.benchmark.arguments import (
+from danon_lightning.arguments import (
     add_modules,
     add_output_files,
     length,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.markup import escape
 
-from danon_lightning.benchmark.arguments import add_output_files, positive_float, positive_int, rate
+from danon_lightning.arguments import add_output_files, positive_float, positive_int, rate
 from danon_lightning.benchmark.environment import describe_environment
 from danon_lightning.benchmark.json_file import write_json
 from danon_lightning.benchmark.network import format_rate, loopback_reason, open_network
