@@ -161,6 +161,7 @@ def test_time_is_that_of_the_component():
     ("settings", "message"),
     [
         ({"components": "msra+nothing"}, "name='nothing' is not an attention variant"),
+        ({"components": ["msra"]}, "components=.'msra'. must be a string"),
         ({"components": "msra+msra"}, "each once a layer"),
         ({"components": "msra,,dala"}, "each once a layer"),
         ({"components": "super_hybrid"}, "must name other variants"),

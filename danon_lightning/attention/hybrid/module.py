@@ -73,6 +73,7 @@ class SuperHybridConfig(AttentionConfig):
             ratio = self.compression_ratio
             whole = 0 < ratio <= 0.5 and math.isclose(1 / ratio, round(1 / ratio), rel_tol=1e-3)
             self._require(whole, "compression_ratio", "must be one over an integer of at least 2, for instance 0.25")
+        self._require(isinstance(self.components, str), "components", "must be a string, such as 'msra+dala,ucsa'")
         used = {name for layer in self._by_layer for name in layer}
         for layer in self._by_layer:
             valid = all(layer) and len(set(layer)) == len(layer) and "super_hybrid" not in layer
