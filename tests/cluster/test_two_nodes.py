@@ -115,33 +115,39 @@ def test_a_failing_rank_on_one_node_ends_the_job_on_both_with_its_own_error(emul
 
 
 SENT = {"matrix": (2600, 2500)}
+# Of Ethernet, IP and TCP with time stamps, bytes a packet.
+HEADERS = 66
 
 
 def send(cases):
-    """For each case: bytes that this rank has counted, and that its host's interface has sent meanwhile."""
+    """For each case: bytes that this rank has counted, and that its host's interface has sent meanwhile, no headers."""
     mesh = Mesh.from_world(4, 2, dist.get_rank())
-    counter = Path("/sys/class/net/eth0/statistics/tx_bytes")
+    statistics = Path("/sys/class/net/eth0/statistics")
+
+    def sent():
+        packets, size = (int((statistics / name).read_text()) for name in ("tx_packets", "tx_bytes"))
+        return size - HEADERS * packets
+
     results = []
     for compression, steps in cases:
         with exchange(mesh, compression, model=Given(SENT)) as (ddp, communicator):
             gradients = given_gradients(0, mesh.rank, SENT)
             give(ddp, gradients)  # sets everything up
             dist.barrier()
-            counted, sent = communicator.stats()["inter_node_bytes"], int(counter.read_text())
+            counted, before = communicator.stats()["inter_node_bytes"], sent()
             for _ in range(steps):
                 give(ddp, gradients)
             dist.barrier()
-            results.append((communicator.stats()["inter_node_bytes"] - counted, int(counter.read_text()) - sent))
+            results.append((communicator.stats()["inter_node_bytes"] - counted, sent() - before))
     return results
 
 
 @pytest.mark.slow
 def test_the_interface_sends_what_is_counted_and_what_the_formulas_say(emulated_hosts):
-    """What the interface counts beside the payload are headers: 66 bytes a packet, gloo's own and acknowledgements.
+    """What the interface counts beside the payload are headers, which are taken off: 66 bytes a packet.
 
-    On emulated links a packet is of up to 64 kB (it is never cut up), so that is 0.2 to 0.4 % as a rule; what TCP sends
-    again when it loses patience with a busy machine comes on top. On a real wire, with 1448 bytes of payload in each
-    packet of 1514, headers would be 5 %.
+    On emulated links a packet is of up to 64 kB (it is never cut up), so that they are 0.2 to 0.4 % as a rule, and 5 %
+    where all are as small as on a real wire. What is left are gloo's own, and what TCP sends again.
     """
     numel = 2600 * 2500
     cases = [
@@ -156,7 +162,7 @@ def test_the_interface_sends_what_is_counted_and_what_the_formulas_say(emulated_
             sent = max(results[rank][index][1] for rank in (2 * node, 2 * node + 1))
             assert counted > 25e6
             assert counted == pytest.approx(per_element * numel * steps, rel=0.03), compression
-            assert 0 <= sent - counted <= 0.1 * counted, f"{compression}: {sent} bytes, {counted} of payload"
+            assert 0 <= sent - counted <= 0.03 * counted, f"{compression}: {sent} bytes, {counted} of payload"
 
 
 @pytest.mark.parametrize("compression", [None, pytest.param("int8", marks=pytest.mark.slow)])
