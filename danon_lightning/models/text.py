@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from danon_lightning.attention import AttentionConfig, AttentionModel
+from danon_lightning.attention.model import evaluating
 from danon_lightning.models.generation import append_symbols, check_count, continue_prompts, generate
 
 
@@ -213,14 +214,9 @@ class TextGeneration(pl.LightningModule):
 
         def next_logits(tokens: Tensor) -> Tensor:
             nonlocal state
-            was_training = self.training
-            self.eval()
-            try:
-                with torch.no_grad():
-                    output = self.model(tokens, state=state)
-                    logits: Tensor = self.head(output.last_hidden_state[:, -1])
-            finally:
-                self.train(was_training)
+            with evaluating(self), torch.no_grad():
+                output = self.model(tokens, state=state)
+                logits: Tensor = self.head(output.last_hidden_state[:, -1])
             state = output.state
             return logits
 

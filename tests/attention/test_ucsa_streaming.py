@@ -140,19 +140,19 @@ def test_with_all_blocks_kept_too_cells_are_merged():
 
 def test_beyond_its_reach_a_state_grows_with_the_logarithm_of_the_length():
     settings = {"max_cache_size": 24, "tree_levels": 2, "reach": 4}
-    tensors, numbers = make_qkv(torch.float32, length=2000), []
-    state, numel = start_state(tensors["k"], {**SIZES, **settings}), []
+    tensors, sizes = make_qkv(torch.float32, length=2000), []
+    state = start_state(tensors["k"], {**SIZES, **settings})
     with torch.no_grad():
         for start in range(0, 2000, 125):
             chunk = [tensors[name][:, :, start : start + 125] for name in "qkv"]
             _, state = stream_chunk(*chunk, state, **{**SIZES, **settings})
-            numel.clear()
-            map_state(lambda x: numel.append(x.untyped_storage().nbytes()) or x, state)
-            numbers.append(sum(numel))
-    assert [x["log_mass"].shape[1] <= most for x, most in zip(state["cells"], (12, 6), strict=True)] == [True, True]
+            sizes.append([])
+            map_state(lambda x, here=sizes[-1]: here.append(x.untyped_storage().nbytes()), state)
+    assert all(x["log_mass"].shape[1] <= most for x, most in zip(state["cells"], (12, 6), strict=True))
     assert all(x["log_mass"].shape[1] <= 4 for x in state["merged"]) and 5 <= len(state["merged"]) <= 8
     # Of twice the length, one level more: four cells of a key, a value and a mass each.
-    assert max(numbers[8:]) - max(numbers[4:8]) <= 4 * 4 * BATCH * (2 * GROUPS * WIDTH + 1) + 2000
+    early, late = (max(map(sum, part)) for part in (sizes[4:8], sizes[8:]))
+    assert late - early <= 4 * 4 * BATCH * (2 * GROUPS * WIDTH + 1) + 2000
 
 
 def test_blocks_beyond_the_reach_leave_the_cache_first():

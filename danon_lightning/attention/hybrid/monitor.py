@@ -80,10 +80,7 @@ def monitoring(
             # It has failed: nothing to tell.
             return
         _wait(args[0].device)
-        if counter is not None:
-            kept[name] = kept.get(name, 0) + counter.count
-        else:
-            kept.setdefault(name, 0)
+        kept[name] = kept.get(name, 0) + (0 if counter is None else counter.count)
         stats.computation_time[name] = stats.computation_time.get(name, 0.0) + time.perf_counter() - started
 
     with ExitStack() as stack:

@@ -340,8 +340,7 @@ class MSRAModel(AttentionModel):
         Raises:
             ValueError: If the input is too long, or all of it is padding.
         """
-        with evaluating(self):
-            efficiency = measure_efficiency(self, input_ids, attention_mask)
+        efficiency = measure_efficiency(self, input_ids, attention_mask)
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         real = real.bool()
         if not real.any():

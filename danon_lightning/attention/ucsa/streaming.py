@@ -139,9 +139,9 @@ def stream_chunk(
 
     With an unbounded cache the result equals the matching rows of ``ucsa_attention`` over the whole sequence. With a
     bounded one it equals the same softmax in which blocks that were evicted are not expanded; with a limited reach, one
-    in which cells beyond it are replaced by those that they were merged in. When the stream comes to
-    a new block, the oldest block of the window goes to the cache, and what the queries before have selected decides
-    which other one it replaces. So neither result depends on how the sequence is cut in chunks.
+    in which cells beyond it are replaced by those that they were merged in. When the stream comes to a new block, the
+    oldest block of the window goes to the cache, and what the queries before have selected decides which other one it
+    replaces. So neither result depends on how the sequence is cut in chunks.
 
     Args:
         q: Queries of the chunk ``[b, H, n, d]``; the other tensors likewise cover the chunk only, and are otherwise as
@@ -244,7 +244,7 @@ def _step(
     window_keys = apply_rotary(window["keys"], place, rope_base)
     state["cells"] = grow_tree(state, window_keys, first, layout, rope_base, error_tolerance, selection_bias)
     if reach is not None:
-        outside = max(0, own - layout.window_blocks) // layout.tree_factor ** (layout.tree_levels - 1)
+        outside = layout.blocks_outside(state["position"]) // layout.tree_factor ** (layout.tree_levels - 1)
         state = merge_oldest(state, outside, reach, layout)
 
     # Blocks of S, the last one filled up with what no query comes to see.

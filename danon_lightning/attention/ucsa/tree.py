@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from danon_lightning.attention.core import State
@@ -135,26 +134,20 @@ def lay_out_tree(
             expandable = fields["expandable"]
         # Means are only needed to grow.
         known = Cells(**{**fields, "means": fields["keys"], "expandable": expandable})
-        if level == top and merged is not None:
-            known = _before(merged, known)
-        multiple = layout.tree_factor if level < top else 1
-        first = before * layout.tree_factor ** (top - level) if level < top else 0
-        levels.append(level_of(known, groups, multiple, causal=True)._replace(first=first))
+        if level == top:
+            known = known if merged is None else _before(merged, known)
+            levels.append(level_of(known, groups, 1, causal=True))
+        else:
+            first = before * layout.tree_factor ** (top - level)
+            levels.append(level_of(known, groups, layout.tree_factor, causal=True)._replace(first=first))
     return tuple(levels)
 
 
 def _before(merged: Summaries, cells: Cells) -> Cells:
     """Return cells that may not be expanded, followed by others."""
-    nothing = torch.zeros_like(merged.keys)
-    bias, expandable = cells.bias, cells.expandable
-    assert expandable is not None
-    return Cells(
-        torch.cat([merged.keys, cells.means], dim=2),
-        torch.cat([merged.keys, cells.keys], dim=2),
-        torch.cat([merged.values, cells.values], dim=2),
-        torch.cat([merged.log_mass, cells.log_mass], dim=1),
-        torch.cat([nothing, cells.upper], dim=2),
-        torch.cat([nothing, cells.lower], dim=2),
-        None if bias is None else F.pad(bias, (merged.num_cells, 0)),
-        F.pad(expandable, (merged.num_cells, 0), value=False),
-    )
+    nothing, bias = torch.zeros_like(merged.keys), cells.bias
+    if bias is not None:
+        bias = bias.new_zeros(*bias.shape[:2], merged.num_cells)
+    expandable = torch.zeros_like(nothing[..., 0], dtype=torch.bool)
+    older = Cells(merged.keys, merged.keys, merged.values, merged.log_mass, nothing, nothing, bias, expandable)
+    return Cells(**_append_cells(older._asdict(), cells))
